@@ -1,0 +1,93 @@
+"""The values that travel between the data and the model, and the legend of their axes.
+
+    B  rows in a batch      T  tokens in a row      D  width of the model      V  vocabulary
+
+    Example   one record as token ids: prompt, response, end token
+    Row       the examples that share one line of a batch, as indices into the list of examples
+    Batch     rows as tensors, with their share in the loss of an optimizer step
+
+Labels name their own token: `labels[t]` is `input_ids[t]` where it is supervised and IGNORE_INDEX elsewhere, as in
+transformers. The loss does the shift.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # the index that torch's cross_entropy skips by default
+TEMPLATE_VERSION = 1  # of data/prompts.py; kept with every adapter, which answers only the prompts that it learned
+
+Row = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A record after tokenizing.
+
+    Attributes:
+        id: of the record.
+        ids: prompt, then response, then the end token; the prompt alone where there is nothing to learn (predict).
+        prompt_length: tokens of the prompt; the rest is supervised.
+        trimmed: whether the input section was shortened to make the example fit.
+    """
+
+    id: str
+    ids: list[int]
+    prompt_length: int
+    trimmed: bool = False
+
+    @property
+    def supervised_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+@dataclass(slots=True)  # not frozen: Lightning refuses frozen dataclasses as batches
+class Batch:
+    """Rows of examples as tensors.
+
+    Attributes:
+        input_ids: (B, T) int64; 0 at padding.
+        position_ids: (B, T) int64; restarts at every example, and at every padding token.
+        labels: (B, T) int64; IGNORE_INDEX at prompts and padding.
+        record_ids: the records in it, to name them when something is wrong.
+        num_tokens: of the records, without padding.
+        num_supervised: of them, those that are learned.
+        share: what summed nats are multiplied by, so that every supervised token of an optimizer step weighs the same.
+        seed: of the dropout of this micro-batch.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    record_ids: list[str]
+    num_tokens: int
+    num_supervised: int
+    share: float = 1.0
+    seed: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device; Lightning calls this."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(slots=True)
+class PromptBatch:
+    """Prompts to answer.
+
+    Attributes:
+        indices: where each stands in the input, so that answers can be written in its order.
+        prompts: token ids, one list a prompt; lengths differ.
+    """
+
+    indices: list[int]
+    prompts: list[list[int]]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
+        """Itself: prompts become tensors where they are padded, in `generation.py`."""
+        return self

@@ -1,0 +1,15 @@
+"""What a run shows and keeps: samples, predictions, checkpoints, throughput."""
+
+from lit_phi2.callbacks.checkpoint import AdapterCheckpoint
+from lit_phi2.callbacks.predictions import PredictionWriter
+from lit_phi2.callbacks.samples import SampleWriter
+from lit_phi2.callbacks.throughput import ProgressBar, ProgressLines, Throughput
+
+__all__ = [
+    "AdapterCheckpoint",
+    "PredictionWriter",
+    "ProgressBar",
+    "ProgressLines",
+    "SampleWriter",
+    "Throughput",
+]

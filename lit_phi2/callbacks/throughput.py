@@ -1,0 +1,152 @@
+"""Throughput: how fast a run goes, how much memory it takes and how long it will last.
+
+Tokens are those of records: prompt, response and end token; padding is not counted. Time is that of training alone,
+from the end of one optimizer step to the end of the next, without validation and samples between them.
+"""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar as ProgressBarBase
+
+from lit_phi2.batch import Batch
+
+
+class Throughput(Callback):
+    """Logs train/tokens_per_second, train/supervised_tokens_per_second and train/memory_gib at every optimizer step."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.supervised = 0
+        self.step = 0
+        self.window_began = 0.0
+        self.trained_seconds = 0.0
+        self.trained_steps = 0
+        self.tokens_per_second = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
+        self.window_began = time.monotonic()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validation_began = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.window_began += time.monotonic() - self.validation_began
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.tokens += batch.num_tokens
+        self.supervised += batch.num_supervised
+        if trainer.global_step == self.step:
+            return  # inside a window
+        now = time.monotonic()
+        seconds = now - self.window_began
+        sums = torch.tensor([self.tokens, self.supervised], device=pl_module.device)
+        tokens, supervised = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        self.tokens_per_second = tokens / seconds
+        self.trained_seconds += seconds
+        self.trained_steps += trainer.global_step - self.step
+        self.tokens = self.supervised = 0
+        self.step = trainer.global_step
+        self.window_began = now
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log_curves(
+                {
+                    "train/tokens_per_second": self.tokens_per_second,
+                    "train/supervised_tokens_per_second": supervised / seconds,
+                    "train/memory_gib": memory_gib(pl_module.device),
+                }
+            )
+
+    def seconds_left(self, total_steps: int) -> float:
+        """Until the last step, at the mean speed so far; without validations."""
+        return (total_steps - self.step) * self.trained_seconds / max(1, self.trained_steps)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory used so far: allocated on a CUDA or MPS device, resident in the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kibibytes on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with loss, tokens/s and the time left of the whole run.
+
+    Args:
+        throughput: where the speed comes from.
+    """
+
+    def __init__(self, throughput: Throughput) -> None:
+        super().__init__()
+        self.throughput = throughput
+
+    @property
+    def sanity_check_description(self) -> str:
+        return "The base"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if trainer.state.fn == "fit" and self.throughput.trained_steps:
+            metrics["tokens/s"] = f"{self.throughput.tokens_per_second:,.0f}"
+            metrics["left"] = _clock(self.throughput.seconds_left(pl_module.total_steps()))
+        return metrics
+
+
+class ProgressLines(ProgressBarBase):
+    """For a log file: a line now and then instead of a bar that redraws itself.
+
+    Args:
+        throughput: where the speed comes from.
+        every_seconds: at least so long from one line to the next.
+    """
+
+    def __init__(self, throughput: Throughput, every_seconds: float = 10.0) -> None:
+        super().__init__()
+        self.throughput = throughput
+        self.every_seconds = every_seconds
+        self.printed = -every_seconds
+
+    def disable(self) -> None:
+        """Lightning calls this on ranks other than 0."""
+        self.every_seconds = float("inf")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = trainer.progress_bar_metrics.get("loss")
+        total = pl_module.total_steps()
+        now = time.monotonic()
+        last = trainer.global_step == total
+        if loss is None or (now - self.printed < self.every_seconds and not last):
+            return
+        self.printed = now
+        print(
+            f"step {trainer.global_step}/{total}  loss {loss:.4f}  "
+            f"{self.throughput.tokens_per_second:,.0f} tokens/s  "
+            f"{_clock(self.throughput.seconds_left(total))} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> _clock(3725.4)
+    '1:02:05'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,315 @@
+"""The command line: python -m lit_phi2 {fit,validate,test,predict,inspect,export} --config configs/tiny.yaml ...
+
+    arguments -> ordered (configs first, then flags) -> keys checked -> Lightning CLI -> early checks -> subcommand
+
+Data and model meet here and nowhere else: what both must know is stated once, for the model or for the run, and linked.
+Faults that the user can mend end in a few plain lines and exit code 2 (`LIT_PHI2_TRACEBACK=1` shows where they arose).
+"""
+
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_phi2.base import find_base
+from lit_phi2.data.datamodule import ClaimsDataModule
+from lit_phi2.errors import InputError, NonFiniteError, Stopped
+from lit_phi2.model.lora import read_adapter
+from lit_phi2.model.module import LitPhi2
+from lit_phi2.runs import find_checkpoint
+from lit_phi2.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "max_epochs": 3,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": -1,  # all of it: the point of every curve at step 0 is the base
+    "use_distributed_sampler": False,  # plan.py deals records to ranks
+    "enable_model_summary": False,  # module.py logs what is trained and what is frozen in a line
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code.
+
+    Args:
+        arguments: without the program's name; those of the process if None.
+    """
+    _quiet_dependencies()
+    try:
+        CLI(order_arguments(sys.argv[1:] if arguments is None else arguments))
+    except (InputError, MisconfigurationException, NonFiniteError, Stopped) as error:
+        if os.environ.get("LIT_PHI2_TRACEBACK") == "1":
+            raise
+        print(f"\n{'stopped' if isinstance(error, Stopped) else 'error'}: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", InputError.exit_code)
+    return 0
+
+
+def order_arguments(arguments: Sequence[str]) -> list[str]:
+    """The subcommand, then configs in their order, then flags: jsonargparse lets the later one win.
+
+    >>> order_arguments(["fit", "--model.lora_r", "8", "--config", "a.yaml", "-c=b.yaml"])
+    ['fit', '--config', 'a.yaml', '--config', 'b.yaml', '--model.lora_r', '8']
+    """
+    configs: list[str] = []
+    rest: list[str] = []
+    iterator = iter(arguments)
+    for argument in iterator:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-c"):
+            configs += ["--config", _packaged(value if equals else next(iterator, ""))]
+        else:
+            rest.append(argument)
+    return rest[:1] + configs + rest[1:]
+
+
+class Parser(LightningArgumentParser):
+    """Tells a fault in a few lines instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise InputError(_plain(message, known_keys(self))) from ex
+
+
+class CLI(LightningCLI):
+    """Lightning's CLI with our subcommands, links and early checks.
+
+    Args:
+        arguments: ordered.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        super().__init__(
+            LitPhi2,
+            ClaimsDataModule,
+            save_config_callback=None,  # Trainer.fit keeps the config with the run
+            trainer_class=Trainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=Parser,
+            parser_kwargs={"prog": "lit-phi2", "description": __doc__.splitlines()[0]},
+            auto_configure_optimizers=False,  # or --optimizer would override the module's, unasked
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        ours = {"model", "datamodule"}
+        return dict.fromkeys(("fit", "validate", "test", "predict", "inspect", "export"), ours)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=int, default=42, help="Of data, model and dropout alike.")
+        parser.add_argument("--run_name", type=str | None, default=None, help="Names the run's folder.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.base", "data.base")
+        parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        configs = [value for name, value in zip(self.arguments, self.arguments[1:], strict=False) if name == "--config"]
+        subparser = self._subcommand_parsers.get(self.arguments[0] if self.arguments else "")
+        if subparser is not None:
+            for config in configs:
+                check_config(config, known_keys(subparser))
+        self.config = parser.parse_args(self.arguments)
+        chosen = self.config[self.config.subcommand]
+        if chosen.run_name is None:
+            chosen.run_name = Path(configs[-1]).stem if configs else "run"
+
+    def _parse_ckpt_path(self) -> None:
+        """Not as Lightning does it: before_instantiate_classes reads the checkpoint, and flags keep their meaning."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        _check_trainer_settings(config.trainer)
+        name = config.get("ckpt_path")
+        if not name:
+            return
+        checkpoint = find_checkpoint(name, Path(config.trainer.default_root_dir), config.run_name)
+        config.ckpt_path = str(checkpoint)
+        if self.subcommand != "fit":
+            self._follow(checkpoint)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config[self.subcommand]
+        settings = config.trainer
+        ours = settings.logger in (None, True)
+        kwargs.update(
+            logger=False if ours or self.subcommand != "fit" else self.config_init[self.subcommand].trainer.logger
+        )
+        kwargs.update(enable_checkpointing=False, enable_progress_bar=False)  # Trainer adds our own
+        trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, Trainer)
+        trainer.run_name = config.run_name
+        trainer.run_config = self._run_config()
+        trainer.wants_tensorboard = ours
+        trainer.wants_checkpoints = settings.enable_checkpointing is not False
+        trainer.wants_progress = settings.enable_progress_bar is not False
+        return trainer
+
+    def _follow(self, checkpoint: Path) -> None:
+        """Take from a checkpoint the shape of what it holds, and say where the config differs."""
+        config = self.config[self.subcommand].model
+        adapter = read_adapter(checkpoint)
+        config.adapter = str(checkpoint)
+        shape = {
+            "lora_r": adapter.shape.lora_r,
+            "lora_alpha": adapter.shape.lora_alpha,
+            "target_modules": list(adapter.shape.target_modules),
+        }
+        if self.subcommand != "export" and not self._is_its_base(config.base, adapter.base["base_digest"]):
+            shape["base"] = adapter.base["base"]
+        for key, value in shape.items():
+            if config[key] != value:
+                log.info("model.%s: %s, as in %s; not %s", key, value, checkpoint, config[key])
+                config[key] = value
+        self.config[self.subcommand].data.base = config.base
+        if self.subcommand == "export":
+            return
+        found = find_base(config.base)
+        if adapter.base["base_digest"] and adapter.base["base_digest"] != found.digest:
+            raise InputError(
+                f"--ckpt_path {checkpoint}: was trained on another base than {config.base!r} is now (digest "
+                f"{adapter.base['base_digest']}, found {found.digest}). Give its base with --model.base."
+            )
+
+    def _is_its_base(self, base: str, digest: str) -> bool:
+        """Whether the configured base is the one it was trained on, wherever it lies now."""
+        if not digest:
+            return False
+        try:
+            return find_base(base).digest == digest
+        except InputError:
+            return False
+
+    def _run_config(self) -> str:
+        """The run as a config from which every subcommand runs: no argument of a single one, and no checkpoint."""
+        parser = self._parser(self.subcommand)
+        config = self.config[self.subcommand].clone()
+        for key in ("ckpt_path", "output", "output_dir", "config"):
+            config.pop(key, None)
+        dumped: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
+        for key in ("ckpt_path", "output", "output_dir", "config"):
+            dumped.pop(key, None)
+        command = f"#   python -m lit_phi2 fit --config {self.config[self.subcommand].run_name}.yaml"
+        return f"# This run, complete. To train it again:\n{command}\n" + yaml.safe_dump(dumped, sort_keys=False)
+
+
+def known_keys(parser: Any) -> list[str]:
+    """Every key that a config of this parser may have, with dots."""
+    return [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+
+
+def check_config(path: str, known: Sequence[str]) -> None:
+    """Refuse a config file that cannot be read, or a key that means nothing.
+
+    Raises:
+        InputError: names the file, the key and the nearest right one.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: no such file. Packaged: " + ", ".join(f.name for f in _packaged_configs()))
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no keys; expected sections such as model:, data: and trainer:.")
+    for key in _flatten(content):
+        if key not in known and not any(key.startswith(f"{name}.") for name in known if name not in _SECTIONS):
+            raise InputError(f"{path}: unknown key {key!r}.{_nearest(key, known)}")
+
+
+_SECTIONS = ("model", "data", "trainer")
+
+
+def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name in _SECTIONS:
+            yield from _flatten(value, f"{name}.")
+        else:
+            yield name
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """A hint: the nearest key, also if only the section is wrong or missing."""
+    last = key.rpartition(".")[2]
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    same_name = [name for name in known if name.rpartition(".")[2] == last]
+    if nearest := (same_name or matches):
+        return f" Did you mean {nearest[0]!r}?"
+    return ""
+
+
+def _plain(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's message without its own vocabulary, and with the nearest key."""
+    message = message.replace("Parser key ", "key ").replace("Validation failed: ", "")
+    if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
+        return f"{message}.{_nearest(match[1], known)}"
+    return message
+
+
+def _check_trainer_settings(trainer: Any) -> None:
+    """Refuse what would be ignored or would break the promises of the run.
+
+    Raises:
+        InputError: names the key and what to use instead.
+    """
+    if trainer.precision not in (None, 32, "32", "32-true"):
+        raise InputError(
+            f"trainer.precision: {trainer.precision} has no use here; the compute dtype is model.dtype (auto, bfloat16 "
+            "or float32), and LoRA weights are always float32."
+        )
+    if trainer.use_distributed_sampler:
+        raise InputError("trainer.use_distributed_sampler: must be false; the plan deals records to processes itself.")
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise InputError(
+            "trainer.reload_dataloaders_every_n_epochs: must be 0; the plan makes every epoch anew itself."
+        )
+    if trainer.barebones:
+        raise InputError("trainer.barebones: must be false; it would drop curves, samples and checkpoints.")
+
+
+def _packaged(path: str) -> str:
+    """The path of a config; a name such as configs/tiny.yaml is found in the package where no such file exists."""
+    if path and not Path(path).exists():
+        for config in _packaged_configs():
+            if config.name == Path(path).name and Path(path).parent.name in ("", "configs"):
+                return str(config)
+    return path
+
+
+def _packaged_configs() -> list[Path]:
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")  # installed, and in a clone
+    return sorted(next((folder for folder in folders if folder.is_dir()), package).glob("*.yaml"))
+
+
+def _quiet_dependencies() -> None:
+    """Our own lines go to stderr; tips, advertising and progress of dependencies go nowhere."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("lit_phi2")
+    ours.handlers[:] = [handler]
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|jsonargparse)\b")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,147 @@
+"""Encode: a Record becomes an Example, its prompt and its response tokenized apart and joined.
+
+    ids      p p p p p p r r r E        p prompt   r response   E end token
+    labels   . . . . . . r r r E        . IGNORE_INDEX
+
+Apart, because joined text can merge the last token of the prompt with the first of the response; then what
+generation sees would not be a prefix of what was trained on. A text like "<|endoftext|>" inside a record is data: it is
+split into ordinary tokens and never read as the end token.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_phi2.batch import Example
+from lit_phi2.data.prompts import format_prompt
+from lit_phi2.data.records import Fault, Record
+from lit_phi2.errors import InputError
+
+OVERLONG = ("trim", "skip", "error")
+_BATCH = 1000  # records tokenized at a time, enough to keep the tokenizer's threads busy
+
+
+@dataclass(slots=True)
+class Encoded:
+    """What became of the records.
+
+    Attributes:
+        examples: in the order of their records.
+        records: the record of each example.
+        faults: records that cannot be made to fit; bad records.
+        skipped: records left out because overlong is 'skip'.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    skipped: list[Fault] = field(default_factory=list)
+
+
+def encode(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    overlong: str = "trim",
+    with_response: bool = True,
+) -> Encoded:
+    """Tokenize records and settle the ones that are too long.
+
+    Args:
+        records: checked records.
+        tokenizer: of the base; its end token closes every response.
+        max_length: tokens that an example may hold, end token included.
+        overlong: 'trim' shortens the input section at its end and nothing else; 'skip' leaves the record out; 'error'
+            makes it a bad record. One that trimming cannot save is a bad record too.
+        with_response: False encodes the prompt alone, for predict.
+
+    Raises:
+        InputError: an unknown overlong.
+    """
+    if overlong not in OVERLONG:
+        raise InputError(f"data.overlong: {overlong!r} is unknown; expected one of {', '.join(OVERLONG)}.")
+    encoded = Encoded()
+    for batch in _batched(records, _BATCH):
+        prompts = tokenize(tokenizer, [format_prompt(record.instruction, record.input) for record in batch])
+        responses = [[] for _ in batch] if not with_response else _responses(tokenizer, batch)
+        for record, prompt, response in zip(batch, prompts, responses, strict=True):
+            settled = _settle(record, prompt, response, tokenizer, max_length, overlong)
+            if isinstance(settled, Example):
+                encoded.examples.append(settled)
+                encoded.records.append(record)
+            elif overlong == "skip":
+                encoded.skipped.append(settled)
+            else:
+                encoded.faults.append(settled)
+    return encoded
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, with nothing added and no text taken for a special token."""
+    ids: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return ids
+
+
+def _responses(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Record]) -> list[list[int]]:
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenize(tokenizer, [record.response for record in batch])]
+
+
+def _settle(
+    record: Record,
+    prompt: list[int],
+    response: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    overlong: str,
+) -> Example | Fault:
+    num_tokens = len(prompt) + len(response)
+    if num_tokens <= max_length:
+        return Example(record.id, prompt + response, len(prompt))
+    trimmed = _trim(record, max_length - len(response), tokenizer) if overlong == "trim" else None
+    if trimmed is not None:
+        return Example(record.id, trimmed + response, len(trimmed), trimmed=True)
+    return Fault(record.place, _too_long(record, num_tokens, len(response), max_length, overlong), raw="")
+
+
+def _trim(record: Record, room: int, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The prompt with as much of the start of the input as `room` tokens allow; None if not even a word of it fits."""
+    text = record.input
+    offsets = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )["offset_mapping"]
+    keep = len(offsets)
+    while keep > 0:
+        prompt = tokenize(tokenizer, [format_prompt(record.instruction, text)])[0]
+        excess = len(prompt) - room
+        if excess <= 0:
+            return prompt
+        # Cut by characters and tokenize anew: cut ids could end inside a character of several bytes, and would
+        # not be what the tokenizer makes of the shorter text.
+        keep -= excess
+        text = record.input[: offsets[keep - 1][1]].rstrip() if keep > 0 else ""
+        if not text:
+            return None
+    return None
+
+
+def _too_long(record: Record, num_tokens: int, response_tokens: int, max_length: int, overlong: str) -> str:
+    if response_tokens >= max_length:
+        found = f"record {record.id!r} has a response of {response_tokens} tokens, end token included,"
+    else:
+        found = f"record {record.id!r} takes {num_tokens} tokens"
+    why = ", and shortening its input section cannot make it fit" if overlong == "trim" else ""
+    cure = "Raise data.max_length, or shorten the record"
+    if response_tokens == 0:  # predict, where the limit is the base's context less the room for an answer
+        cure = "Lower model.max_new_tokens, or shorten the record"
+    return f"{found} but {max_length} are allowed{why}. {cure}."
+
+
+def _batched(records: Sequence[Record], size: int) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while batch := list(islice(iterator, size)):
+        yield batch

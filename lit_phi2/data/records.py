@@ -1,0 +1,341 @@
+"""Records: read files, check every record, and say of each fault where it is and how to mend it.
+
+    claims.jsonl:17   {"id": "c-17", "instruction": "Why ...", "input": "EOB ...", "response": "The ..."}   -> Record
+    claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                                               -> Fault
+
+A source is a path (.jsonl, .json, .csv, .parquet), `claims:SPLIT` (packaged with lit_phi2) or
+`hub:owner/name[:split]`. Faults are gathered, not raised, so that one pass over the data names them all.
+
+Text formats are parsed here line by line, and Parquet and hub datasets are streamed through `datasets`. Its own JSON
+and CSV readers name no line, fail as a whole on one bad record, and would write a copy of private records to a cache
+in the home folder.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_phi2.data.prompts import header_within
+from lit_phi2.errors import InputError
+
+CLAIMS = Path(__file__).parent.parent / "assets" / "claims"
+SHOWN_FAULTS = 20
+_ENDINGS = ".jsonl, .json, .csv or .parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """Under which names a source keeps the parts of a record; `input` and `id` may be absent from it."""
+
+    instruction: str = "instruction"
+    input: str = "input"
+    response: str = "response"
+    id: str = "id"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An instruction and its response.
+
+    Attributes:
+        id: unique within what was read together.
+        instruction: what is asked.
+        input: what it is asked about; empty where there is none.
+        response: the answer to learn; empty where none is given, which only predict allows.
+        place: `path:line`, for messages.
+    """
+
+    id: str
+    instruction: str
+    input: str
+    response: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A record that cannot be used: its place, what was found and expected, and the record as it stands there."""
+
+    place: str
+    message: str
+    raw: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+
+def read_records(sources: Sequence[str], fields: Fields, *, needs_response: bool) -> tuple[list[Record], list[Fault]]:
+    """All records of all sources, in order, and the faults of those that are none.
+
+    Raises:
+        InputError: a source is missing, empty, of an unknown format, or has none of the expected columns.
+    """
+    records: list[Record] = []
+    faults: list[Fault] = []
+    seen: dict[str, str] = {}  # id -> place
+    for source, label in zip(sources, _labels(sources), strict=True):
+        found_any = False
+        for line, row in _read_rows(source, fields, needs_response):
+            found_any = True
+            place = f"{source}:{line}"
+            checked = _check(row, fields, place, f"{label}:{line}", needs_response)
+            if isinstance(checked, Record) and (first := seen.setdefault(checked.id, place)) != place:
+                checked = Fault(place, f"id {checked.id!r} was already used at {first}; ids must be unique.", _raw(row))
+            records.append(checked) if isinstance(checked, Record) else faults.append(checked)
+        if not found_any:
+            raise InputError(f"{source}: is empty; expected at least one record.")
+    return records, faults
+
+
+def raise_faults(faults: Sequence[Fault], *, setting: str) -> None:
+    """Raise for faulty records: the first of them, and how many there are.
+
+    Raises:
+        InputError: there is at least one fault.
+    """
+    if not faults:
+        return
+    lines = [str(fault) for fault in faults[:SHOWN_FAULTS]]
+    if len(faults) > SHOWN_FAULTS:
+        lines.append(f"... and {len(faults) - SHOWN_FAULTS} more")
+    noun = "record" if len(faults) == 1 else "records"
+    lines.append(
+        f"{len(faults)} bad {noun} in {setting}. Mend them, or set data.on_bad_record to 'skip' to leave them out."
+    )
+    raise InputError("\n".join(lines))
+
+
+def _labels(sources: Sequence[str]) -> list[str]:
+    """What stands before the line in the id of a record that has none: the file's name, or its path if two share it."""
+    names = Counter(Path(source).name for source in sources)
+    return [name if names[name := Path(source).name] == 1 else source for source in sources]
+
+
+def _read_rows(source: str, fields: Fields, needs_response: bool) -> Iterator[tuple[int, Any]]:
+    """(line or row number from 1, the parsed row or a _Unreadable) for everything a source holds."""
+    if source.startswith("hub:"):
+        yield from enumerate(_hub_rows(source), start=1)
+        return
+    if source.startswith("claims:"):
+        path = CLAIMS / f"{source.removeprefix('claims:')}.jsonl"
+        if not path.is_file():
+            raise InputError(
+                f"{source}: is not packaged; there are "
+                + ", ".join(f"claims:{p.stem}" for p in sorted(CLAIMS.glob("*.jsonl")))
+            )
+    else:
+        path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError(f"{source}: no such file. Paths are taken from the folder you are in, {Path.cwd()}.")
+    if not path.is_file():
+        raise InputError(f"{source}: is not a file; expected one ending in {_ENDINGS}.")
+    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+    if path.suffix == ".csv":
+        yield from _csv_rows(path, fields, needs_response)
+    elif path.suffix in readers:
+        yield from readers[path.suffix](path)
+    else:
+        raise InputError(f"{source}: unknown format {path.suffix!r}; expected a file ending in {_ENDINGS}.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """A line that could not be parsed at all."""
+
+    message: str
+    raw: str
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some spreadsheets write
+            if line.strip():
+                yield number, _parse_json_line(line)
+
+
+def _parse_json_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}. Save it as UTF-8."
+    except json.JSONDecodeError as error:
+        message = f"is not valid JSON: {error.msg} at column {error.colno}; expected one object on the line."
+    except (RecursionError, ValueError) as error:
+        message = f"is not valid JSON: {type(error).__name__}; expected one object of plain texts."
+    return _Unreadable(message, line.decode("utf-8", errors="replace").rstrip("\r\n"))
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The objects of a top-level array, each with the line on which it begins."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: is not UTF-8. Save the file as UTF-8.") from error
+    decoder = json.JSONDecoder()
+    position, line = _skip_space(text, 0), 1
+    if not text[position:]:
+        return
+    if text[position] != "[":
+        raise InputError(f"{path}: holds no JSON array of objects; one object a line is .jsonl.")
+    counted = position
+    position = _skip_space(text, position + 1)
+    while text[position : position + 1] not in ("]", ""):
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{path}:{line}: is not valid JSON: {error}") from error
+        yield line, row
+        position = _skip_space(text, position)
+        if text[position : position + 1] == ",":
+            position = _skip_space(text, position + 1)
+        elif text[position : position + 1] != "]":
+            line += text.count("\n", counted, position)
+            raise InputError(f"{path}:{line}: is not valid JSON: expected ',' or ']' after an object.")
+    if text[position:].strip() != "]":
+        line += text.count("\n", counted, position)
+        raise InputError(f"{path}:{line}: is not valid JSON: the array is not closed, or more follows it.")
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _csv_rows(path: Path, fields: Fields, needs_response: bool) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 would refuse a long chart extract
+    # surrogateescape keeps bytes that are not UTF-8 recognisable, so that they cost a record and not the file.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        columns = reader.fieldnames or []
+        needed = [fields.instruction] + [fields.response] * needs_response
+        if columns and (missing := [column for column in needed if column not in columns]):
+            raise InputError(
+                f"{path}:1: has no column {', '.join(map(repr, missing))}; its columns are "
+                f"{', '.join(map(repr, columns))}. Name them with data.instruction_field, data.input_field, "
+                "data.response_field and data.id_field."
+            )
+        while True:
+            line = reader.line_num + 1  # where the row begins; a quoted field may run over several lines
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, _Unreadable(f"is not valid CSV: {error}; nothing after it was read.", "")
+                return
+            yield line, _check_csv_row(row)
+
+
+def _check_csv_row(row: dict[Any, Any]) -> Any:
+    values = [value for value in row.values() if isinstance(value, str)]
+    raw = json.dumps({str(key): value for key, value in row.items()}, default=str)
+    if None in row:
+        return _Unreadable(f"has {len(row[None])} values more than the header has columns.", raw)
+    if any("\udc80" <= character <= "\udcff" for value in values for character in value):
+        return _Unreadable("is not UTF-8. Save the file as UTF-8.", raw)
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    from datasets import load_dataset  # takes over a second to import, and most runs read JSONL
+
+    try:  # streaming, or a copy of the records would be written to a cache in the home folder
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from enumerate(rows, start=1)
+    except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
+        raise InputError(f"{path}: cannot be read as Parquet ({type(error).__name__}: {error}).") from error
+
+
+def _hub_rows(source: str) -> Iterator[Any]:
+    from datasets import load_dataset
+
+    name, _, split = source.removeprefix("hub:").partition(":")
+    try:
+        yield from load_dataset(name, split=split or "train", streaming=True)
+    except Exception as error:  # network, name, split or format: the hub client raises many kinds
+        raise InputError(
+            f"{source}: the dataset could not be read ({type(error).__name__}). Expected hub:owner/name[:split] and a "
+            "network, or a file on this machine."
+        ) from error
+
+
+def _check(row: Any, fields: Fields, place: str, default_id: str, needs_response: bool) -> Record | Fault:
+    """The record in a parsed row, or what is wrong with it."""
+    if isinstance(row, _Unreadable):
+        return Fault(place, row.message, row.raw)
+    if not isinstance(row, dict):
+        return Fault(place, f"is {_kind(row)}; expected an object with the fields of a record.", _raw(row))
+    for name in [fields.instruction] + [fields.response] * needs_response:
+        if message := _text_fault(row, name, required=True):
+            return Fault(place, message, _raw(row))
+    for name in (fields.input, fields.response):
+        if message := _text_fault(row, name, required=False):
+            return Fault(place, message, _raw(row))
+    record_id = row.get(fields.id)
+    if record_id is None or record_id == "":
+        record_id = default_id
+    if isinstance(record_id, bool) or not isinstance(record_id, str | int):
+        return Fault(place, f"field {fields.id!r} is {_kind(record_id)}; expected a text or a whole number.", _raw(row))
+    texts = {name: row.get(name) or "" for name in (fields.instruction, fields.input, fields.response)}
+    for name, text in texts.items():
+        if header := header_within(text):
+            return Fault(
+                place,
+                f"field {name!r} has a line that begins with {header!r}, a section header of the template; the model "
+                "could not tell the two apart. Reword or indent it.",
+                _raw(row),
+            )
+    given_input = texts[fields.input] if texts[fields.input].strip() else ""
+    return Record(str(record_id), texts[fields.instruction], given_input, texts[fields.response], place)
+
+
+def _text_fault(row: dict[str, Any], name: str, *, required: bool) -> str | None:
+    value = row.get(name)
+    if value is None:
+        if not required:
+            return None
+        if name in row:
+            return f"field {name!r} has no value; expected a text."
+        return f"has no field {name!r}; it has {_listed(row)}. Expected a text there (data.*_field renames fields)."
+    if not isinstance(value, str):
+        return f"field {name!r} is {_kind(value)}; expected a text."
+    if required and not value.strip():
+        return f"field {name!r} is {'blank' if value else 'empty'}; expected a text."
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"field {name!r} holds half of a surrogate pair; expected whole characters."
+    return None
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds: list[tuple[type, str]] = [
+        (bool, "true or false"),
+        (int, "a number"),
+        (float, "a number"),
+        (str, "a text"),
+        (list, "a list"),
+        (dict, "an object"),
+    ]
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+
+
+def _listed(names: Iterable[Any]) -> str:
+    shown = [repr(str(name)) for name in names]
+    return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "") if shown else "none"
+
+
+def _raw(row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str)

@@ -1,0 +1,57 @@
+"""Report: what `inspect` prints about the data, before any model is loaded.
+
+train  claims:train
+  records            480
+  tokens             91,204   ...
+"""
+
+from lit_phi2.batch import Example
+from lit_phi2.data.collate import collate
+from lit_phi2.data.datamodule import ClaimsDataModule, Split
+from lit_phi2.data.plan import pack
+
+
+def report(data: ClaimsDataModule) -> str:
+    """The splits that are set up, in figures, and one example with its supervised part marked."""
+    parts = [_split_report(use, split, data) for use, split in data.splits.items()]
+    first = next(iter(data.splits.values()))
+    parts.append(
+        f"The first example; what is supervised stands between >>> and <<<\n\n{marked(first.examples[0], data)}"
+    )
+    return "\n\n".join(parts)
+
+
+def marked(example: Example, data: ClaimsDataModule) -> str:
+    """An example decoded from its tokens, with its supervised part, end token included, between >>> and <<<."""
+    assert data.tokenizer is not None
+    batch = collate([example], [(0,)])
+    supervised = batch.labels[0] >= 0
+    prompt = data.tokenizer.decode(batch.input_ids[0][~supervised])
+    response = data.tokenizer.decode(batch.labels[0][supervised])
+    return f"{prompt}>>>{response}<<<"
+
+
+def _split_report(use: str, split: Split, data: ClaimsDataModule) -> str:
+    lengths, supervised = split.lengths, split.supervised
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    total = len(split.examples) + len(split.left_out)
+    trimmed = sum(example.trimmed for example in split.examples)
+    rows = pack(lengths, data.max_length, range(len(lengths))) if data.packing else [(i,) for i in range(len(lengths))]
+    lines = [
+        ("records", f"{len(split.examples):,}"),
+        ("tokens", f"{sum(lengths):,} ({sum(lengths) / len(lengths):.1f} a record)"),
+        ("supervised tokens", f"{sum(supervised):,} ({sum(supervised) / sum(lengths):.1%})"),
+        (
+            "longest",
+            f"{lengths[longest]} tokens, {split.examples[longest].id!r}; {data.max_length} are allowed",
+        ),
+        ("trimmed", f"{trimmed:,} ({trimmed / total:.1%})"),
+        ("left out", f"{len(split.left_out):,} ({len(split.left_out) / total:.1%})"),
+        (
+            "rows",
+            f"{len(rows):,} of up to {data.max_length} tokens, {sum(lengths) / (len(rows) * data.max_length):.1%} full",
+        ),
+    ]
+    body = "\n".join(f"  {name:<18} {value}" for name, value in lines)
+    faults = "".join(f"\n  left out: {fault}" for fault in split.left_out[:20])
+    return f"{use}  {', '.join(split.sources)}\n{body}{faults}"

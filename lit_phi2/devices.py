@@ -1,0 +1,66 @@
+"""Devices: the compute dtype that suits a device, and why.
+
+Lightning picks the device (`trainer.accelerator: auto`: CUDA, then MPS, then CPU). The dtype follows it: bfloat16 where
+the hardware multiplies it fast, float32 elsewhere. float16 is refused for Phi-2.
+"""
+
+import torch
+
+from lit_phi2.errors import InputError
+
+
+def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype for a device, and the reason in a few words.
+
+    Args:
+        requested: model.dtype: auto, bfloat16 or float32.
+        device: where the model will run.
+
+    Raises:
+        InputError: a dtype that Phi-2 or the device cannot do.
+
+    >>> choose_dtype("float32", torch.device("cpu"))
+    (torch.float32, 'as model.dtype asks')
+    """
+    check_dtype(requested)
+    fast, reason = _multiplies_bfloat16_fast(device)
+    if requested == "auto":
+        return (torch.bfloat16 if fast else torch.float32), reason
+    if requested == "bfloat16" and not fast and device.type == "mps":
+        raise InputError(f"model.dtype: bfloat16 cannot be used here: {reason}. Use float32 or auto.")
+    return getattr(torch, requested), "as model.dtype asks"
+
+
+def check_dtype(requested: str) -> None:
+    """Refuse what no device could make right, before anything is loaded.
+
+    Raises:
+        InputError: float16, or an unknown dtype.
+    """
+    if requested in ("float16", "fp16", "half"):
+        # huggingface/transformers#28673
+        raise InputError(
+            "model.dtype: float16 is refused: Phi-2's attention overflows its range and answers turn into '!!!!'. "
+            "Use bfloat16, float32 or auto."
+        )
+    if requested not in ("auto", "bfloat16", "float32"):
+        raise InputError(f"model.dtype: {requested!r} is unknown; expected auto, bfloat16 or float32.")
+
+
+def _multiplies_bfloat16_fast(device: torch.device) -> tuple[bool, str]:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        verb = "multiplies" if major >= 8 else "does not multiply"
+        return major >= 8, f"{torch.cuda.get_device_name(device)}, sm{major}{minor}, {verb} bfloat16 fast"
+    if device.type == "mps":
+        try:
+            torch.ones(1, dtype=torch.bfloat16, device=device).add_(1)
+        except (RuntimeError, TypeError):
+            return False, "this Apple GPU or macOS has no bfloat16"
+        return True, "this Apple GPU has bfloat16"
+    # Private names, because torch offers no public question for these; both exist in the pinned version.
+    if torch.cpu._is_amx_tile_supported():
+        return True, "this CPU has AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return True, "this CPU has AVX512-BF16"
+    return False, "this CPU has neither AMX nor AVX512-BF16"

@@ -1,0 +1,347 @@
+"""LitPhi2: the LightningModule; it only arranges loss, adapter and optimizer around Lightning's loops.
+
+    Batch -> hidden states -> loss of its supervised positions -> nats x share -> backward
+    window's end: gradient norm, checked -> clipping -> AdamW on LoRA weights -> curves at this optimizer step
+
+Building is not loading: the constructor keeps its arguments, and the base is loaded in `configure_model`.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from lit_phi2.base import find_base, load_tokenizer
+from lit_phi2.batch import Batch, PromptBatch
+from lit_phi2.devices import check_dtype, choose_dtype
+from lit_phi2.errors import InputError, NonFiniteError
+from lit_phi2.generation import Answer, generate
+from lit_phi2.model.lora import (
+    Adapter,
+    LoraShape,
+    adapter_to_state,
+    adapter_weights,
+    add_lora,
+    check_targets,
+    describe,
+    load_weights,
+    read_adapter,
+    trained_parameters,
+)
+from lit_phi2.model.loss import Loss, causal_lm_loss
+from lit_phi2.model.phi2 import FusedPhiForCausalLM, hidden_states, linear_layers, load_phi2
+
+log = logging.getLogger(__name__)
+
+
+class LitPhi2(LightningModule):
+    """Phi-2 with LoRA, trained on the responses of records.
+
+    Args:
+        base: tiny (packaged), a hub id such as microsoft/phi-2, or a folder in Hugging Face form.
+        adapter: a checkpoint or a folder with an adapter to start from, at step 0.
+        lora_r: rank of the adapter; 2 trains 0.08 % of Phi-2.
+        lora_alpha: the update is scaled by lora_alpha / lora_r.
+        lora_dropout: on the input of the update, while training.
+        target_modules: linear layers that get an adapter.
+        learning_rate: the peak, reached after warm-up; then cosine to zero.
+        weight_decay: of AdamW.
+        warmup_ratio: share of the optimizer steps.
+        dtype: auto, bfloat16 or float32, of the frozen base and of matrix products; LoRA weights are float32.
+        max_new_tokens: of an answer, in samples and predict.
+        seed: linked from seed_everything.
+    """
+
+    def __init__(
+        self,
+        base: str = "tiny",
+        adapter: str | None = None,
+        lora_r: int = 2,
+        lora_alpha: int = 4,
+        lora_dropout: float = 0.0,
+        target_modules: list[str] = ["Wqkv", "fc1", "fc2"],  # noqa: B006  jsonargparse shows it; never changed
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.01,
+        warmup_ratio: float = 0.03,
+        dtype: str = "auto",
+        max_new_tokens: int = 256,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+        self.shape = LoraShape(lora_r, lora_alpha, tuple(target_modules))
+        self.lora_dropout = lora_dropout
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_ratio = warmup_ratio
+        self.compute_dtype = dtype
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.strict_loading = False  # the base is not in a checkpoint; load_weights checks what is
+        self.phi: PeftModel | None = None
+        self.end_token = -1
+        self.metrics = nn.ModuleDict()
+        self._window_nats: list[Tensor] = []
+        self._window_tokens: list[Tensor] = []
+        self._window_records: list[str] = []
+        self._curves: dict[str, float] = {}
+        self._check_arguments()
+
+    # The model
+
+    def configure_model(self) -> None:
+        """Load the base, freeze it in the compute dtype, and add the adapter; a second call finds it done.
+
+        Raises:
+            InputError: the base, a target or the adapter to start from cannot be used.
+        """
+        if self.phi is not None:
+            return
+        self._found_base = find_base(self.base)
+        available = linear_layers(self._found_base)
+        num_layers = max(available.values())
+        check_targets(self.shape.target_modules, available, num_layers)
+        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        dtype, reason = choose_dtype(self.compute_dtype, device)
+        log.info("device %s, compute dtype %s: %s", device, str(dtype).removeprefix("torch."), reason)
+        torch.manual_seed(self.seed)  # A starts random; whatever drew numbers before must not matter
+        self.phi = add_lora(load_phi2(self._found_base, dtype), self.shape, dropout=self.lora_dropout)
+        self.end_token = int(load_tokenizer(self._found_base).eos_token_id)
+        if self.adapter is not None:
+            started_from = read_adapter(Path(self.adapter))
+            load_weights(self.phi, started_from.weights, source=self.adapter)
+        # from_pretrained returns eval mode and Lightning keeps the modes it finds, so the base's own dropout, part of
+        # Phi-2's recipe, would stay dead.
+        self.phi.train()
+        trained = sum(parameter.numel() for parameter in trained_parameters(self.phi).values())
+        total = sum(parameter.numel() for parameter in self.phi.parameters())
+        log.info(
+            "base %s, %d layers; LoRA r=%d on %s trains %s of %s parameters (%.2f %%), %s stay frozen",
+            self.base,
+            num_layers,
+            self.shape.lora_r,
+            ", ".join(self.shape.target_modules),
+            f"{trained:,}",
+            f"{total:,}",
+            100 * trained / total,
+            f"{total - trained:,}",
+        )
+        for stage in ("val", "test"):
+            self.metrics[stage] = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
+
+    @property
+    def fused_phi(self) -> FusedPhiForCausalLM:
+        """The base with the adapter in its layers."""
+        assert self.phi is not None
+        model = self.phi.get_base_model()
+        assert isinstance(model, FusedPhiForCausalLM)
+        return model
+
+    def loss(self, batch: Batch) -> Loss:
+        """Summed nats and counts of a batch."""
+        hidden = hidden_states(self.fused_phi, batch.input_ids, batch.position_ids)
+        return causal_lm_loss(hidden, batch.labels, self.fused_phi.lm_head)
+
+    def trained_adapter(self) -> Adapter:
+        """A copy of the adapter as it is now."""
+        assert self.phi is not None
+        return describe(self._found_base, self.shape, adapter_weights(self.phi))
+
+    # Training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        torch.manual_seed(batch.seed)  # dropout is a function of the position in the run, so a resumed run is the same
+        loss = self.loss(batch)
+        self._window_nats.append(loss.nats.detach())
+        self._window_tokens.append(loss.tokens)
+        self._window_records.extend(batch.record_ids)
+        return loss.nats * batch.share
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The window is complete: check it before the step is taken, then log it.
+
+        Raises:
+            NonFiniteError: its loss or gradient norm is not finite.
+        """
+        assert self.phi is not None
+        gradients = [p.grad for p in trained_parameters(self.phi).values() if p.grad is not None]
+        norm = get_total_norm(gradients).item()
+        # Over all ranks; a sum of each, so that ranks with different numbers of tokens weigh as they should.
+        sums = torch.stack([torch.stack(self._window_nats).sum(), torch.stack(self._window_tokens).sum()])
+        nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        if not (math.isfinite(nats) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"step {self.trainer.global_step + 1}: the loss is {nats / max(tokens, 1)} and the gradient norm "
+                f"{norm}; the step was not taken. The records in it: {', '.join(self._window_records)}"
+            )
+        self._window_nats.clear()
+        self._window_tokens.clear()
+        self._window_records.clear()
+        self._curves = {
+            "train/loss": nats / tokens,
+            "train/grad_norm": norm,
+            "train/supervised_tokens": tokens,
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self._curves:  # a window ended with this batch
+            self.log_dict(
+                {"loss": self._curves["train/loss"]},
+                prog_bar=True,
+                logger=False,
+                batch_size=1,
+                rank_zero_only=True,
+            )
+            if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+                self.log_curves(self._curves)
+            self._curves = {}
+
+    def log_curves(self, curves: dict[str, float]) -> None:
+        """Write values at the current optimizer step, which is what every x axis shows."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(curves, step=self.trainer.global_step)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        assert self.phi is not None
+        optimizer = AdamW(trained_parameters(self.phi).values(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        total = self.total_steps()
+        warmup = math.ceil(self.warmup_ratio * total)
+        schedule = LambdaLR(optimizer, lambda step: warmup_then_cosine(step, warmup_steps=warmup, total_steps=total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        From the plan: Lightning's estimated_stepping_batches would build the loader early and lose its place on resume.
+        """
+        # The datamodule of `data/`; the two meet in cli.py and share only this number.
+        steps_per_epoch: int = self.trainer.datamodule.steps_per_epoch()
+        limits = []
+        if (self.trainer.max_epochs or -1) > 0:
+            limits.append(steps_per_epoch * self.trainer.max_epochs)
+        if self.trainer.max_steps > 0:
+            limits.append(self.trainer.max_steps)
+        if not limits:
+            raise InputError("trainer.max_epochs and trainer.max_steps are both endless; the schedule needs one.")
+        return min(limits)
+
+    # Evaluation and prediction
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
+        return self.answer(batch.prompts)
+
+    def answer(self, prompts: list[list[int]]) -> list[Answer]:
+        """Greedy answers to prompts."""
+        return generate(self.fused_phi, prompts, end_token=self.end_token, max_new_tokens=self.max_new_tokens)
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        loss = self.loss(batch)
+        if loss.tokens:
+            metrics = self.metrics[stage]
+            metrics["loss"].update(loss.nats / loss.tokens, weight=loss.tokens)
+            metrics["token_accuracy"].update(loss.correct / loss.tokens, weight=loss.tokens)
+
+    def _report(self, stage: str) -> None:
+        values = {name: metric.compute() for name, metric in self.metrics[stage].items()}
+        for metric in self.metrics[stage].values():
+            metric.reset()
+        curves = {
+            f"{stage}/loss": values["loss"],
+            f"{stage}/perplexity": values["loss"].exp(),
+            f"{stage}/token_accuracy": values["token_accuracy"],
+        }
+        self.log_dict(curves, logger=False, prog_bar=False)  # for checkpoints and early stopping
+        if self.trainer.state.fn == "fit":
+            # Written by ourselves: Lightning drops what is logged before the first step, and that is the base's point.
+            self.log_curves({name: value.item() for name, value in curves.items()})
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        adapter = self.trained_adapter()
+        checkpoint["state_dict"] = adapter.weights
+        checkpoint["lit_phi2"] = {**adapter_to_state(adapter), "run": self.run_identity()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue the same run.
+
+        Raises:
+            InputError: something that decides the run is not what it was.
+        """
+        assert self.phi is not None
+        saved, now = checkpoint["lit_phi2"]["run"], self.run_identity()
+        if changed := [key for key in now if saved.get(key) != now[key]]:
+            lines = [f"{key}: {saved.get(key)} in the checkpoint, {now[key]} now" for key in changed]
+            raise InputError(
+                "fit --ckpt_path continues the same run, but this is not the same:\n"
+                + "\n".join(lines)
+                + "\nTo go on from its weights under other settings, use --model.adapter CKPT; that starts at step 0."
+            )
+        load_weights(self.phi, checkpoint["state_dict"], source="--ckpt_path")
+        checkpoint["state_dict"] = {}
+
+    def run_identity(self) -> dict[str, Any]:
+        """What must stay the same for a resumed run to be the same run."""
+        return {
+            "model.base": self._found_base.digest,
+            "model.lora_r": self.shape.lora_r,
+            "model.lora_alpha": self.shape.lora_alpha,
+            "model.lora_dropout": self.lora_dropout,
+            "model.target_modules": list(self.shape.target_modules),
+            "model.learning_rate": self.learning_rate,
+            "model.weight_decay": self.weight_decay,
+            "model.warmup_ratio": self.warmup_ratio,
+            "compute dtype": str(self.fused_phi.dtype),
+            "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
+            "optimizer steps": self.total_steps(),
+            **self.trainer.datamodule.identity(),
+        }
+
+    def _check_arguments(self) -> None:
+        check_dtype(self.compute_dtype)
+        for name, value, least in (
+            ("lora_r", self.shape.lora_r, 1),
+            ("max_new_tokens", self.max_new_tokens, 1),
+        ):
+            if value < least:
+                raise InputError(f"model.{name}: {value} is less than {least}.")
+        for name, share in (("lora_dropout", self.lora_dropout), ("warmup_ratio", self.warmup_ratio)):
+            if not 0 <= share < 1:
+                raise InputError(f"model.{name}: {share} is not between 0 and 1.")
+        if not self.learning_rate > 0:
+            raise InputError(f"model.learning_rate: {self.learning_rate} is not above 0.")
+
+
+def warmup_then_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:
+    """Share of the peak learning rate at a step counted from 0: a line up, then half a cosine down to zero.
+
+    >>> [round(warmup_then_cosine(step, warmup_steps=2, total_steps=10), 3) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,126 @@
+"""Phi-2 with a fused Wqkv: transformers' Phi, except that q, k and v are one linear layer.
+
+    hidden (B, T, D) -> Wqkv -> (B, T, 3 D) -> q, k, v -> rotary -> attention -> dense
+
+The recipe names `Wqkv`, as Phi-2 was first published. transformers keeps q_proj, k_proj and v_proj apart, where PEFT
+finds no Wqkv and says nothing. An ordinary checkpoint is fused while it is loaded, exactly: rows of weights are moved,
+none is computed.
+
+Rows of packed examples stay apart only with restarting positions, no attention mask and no cache. `hidden_states` is
+the one way in that keeps to this.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PhiConfig, PhiForCausalLM
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.phi.modeling_phi import PhiAttention, apply_rotary_pos_emb, eager_attention_forward
+
+from lit_phi2.base import Base
+
+
+class FusedPhiAttention(PhiAttention):
+    """Phi's attention with one linear layer for q, k and v; the rows of Wqkv are q's, then k's, then v's."""
+
+    def __init__(self, config: PhiConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        del self.q_proj, self.k_proj, self.v_proj
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.num_attention_heads * self.head_dim)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D), with the signature of transformers' PhiAttention."""
+        shape = hidden_states.shape[:-1]
+        fused = self.Wqkv(hidden_states).view(*shape, 3, -1, self.head_dim)
+        query, key, value = fused.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, head_dim)
+        cos, sin = position_embeddings
+        query_turned, key_turned = apply_rotary_pos_emb(
+            query[..., : self.rotary_ndims], key[..., : self.rotary_ndims], cos, sin
+        )
+        query = torch.cat((query_turned, query[..., self.rotary_ndims :]), dim=-1)
+        key = torch.cat((key_turned, key[..., self.rotary_ndims :]), dim=-1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.dense(output.reshape(*shape, -1)), weights
+
+
+class FusedPhiForCausalLM(PhiForCausalLM):
+    """transformers' Phi with FusedPhiAttention in every layer; reads checkpoints of the ordinary class.
+
+    Raises:
+        ValueError: the config asks for grouped keys and values or for normed queries, which no Phi-2 has.
+    """
+
+    def __init__(self, config: PhiConfig) -> None:
+        if config.num_key_value_heads != config.num_attention_heads or config.qk_layernorm:
+            raise ValueError("a fused Wqkv needs as many key as query heads, and no qk_layernorm, as in Phi-2")
+        super().__init__(config)
+        for index, layer in enumerate(self.model.layers):
+            layer.self_attn = FusedPhiAttention(config, index)
+
+
+# Keyed by class name, which transformers looks up before the model type: the native Phi is untouched.
+register_checkpoint_conversion_mapping(
+    FusedPhiForCausalLM.__name__,
+    [
+        WeightConverter(
+            [f"self_attn.{projection}_proj.{part}" for projection in "qkv"],
+            f"self_attn.Wqkv.{part}",
+            [Concatenate(dim=0)],
+        )
+        for part in ("weight", "bias")
+    ],
+)
+
+
+def load_phi2(base: Base, dtype: torch.dtype) -> FusedPhiForCausalLM:
+    """The base on the CPU, in eval mode, its weights in dtype; nothing is downloaded here."""
+    model = FusedPhiForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    assert isinstance(model, FusedPhiForCausalLM)
+    return model
+
+
+def linear_layers(base: Base) -> dict[str, int]:
+    """The names of the linear layers of a block, and how many blocks have each, without loading the base.
+
+    Block by block, so that a target can be asked to match equally many per layer.
+    """
+    with torch.device("meta"):
+        blocks = FusedPhiForCausalLM(PhiConfig.from_pretrained(base.folder, local_files_only=True)).model.layers
+    names = [name.rpartition(".")[2] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
+    return {name: names.count(name) for name in names}
+
+
+def hidden_states(model: PhiForCausalLM, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """What the head reads, (B, T, D), with the examples of every row kept apart.
+
+    Args:
+        model: native or fused, with or without adapters in its layers.
+        input_ids: (B, T).
+        position_ids: (B, T), restarting at 0 where an example begins.
+    """
+    # With the cache on, or with any attention mask, transformers does not look for restarts in position_ids and an
+    # example attends to its neighbours.
+    output = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
