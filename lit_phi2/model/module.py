@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -90,7 +90,8 @@ class LitPhi2(LightningModule):
         self.strict_loading = False  # the base is not in a checkpoint; load_weights checks what is
         self.phi: PeftModel | None = None
         self.end_token = -1
-        self.metrics = nn.ModuleDict()
+        self.mean_loss = MeanMetric()  # weighted by tokens; validation and test never run at once
+        self.mean_accuracy = MeanMetric()
         self._window_nats: list[Tensor] = []
         self._window_tokens: list[Tensor] = []
         self._window_records: list[str] = []
@@ -136,8 +137,6 @@ class LitPhi2(LightningModule):
             100 * trained / total,
             f"{total - trained:,}",
         )
-        for stage in ("val", "test"):
-            self.metrics[stage] = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
 
     @property
     def fused_phi(self) -> FusedPhiForCausalLM:
@@ -239,10 +238,10 @@ class LitPhi2(LightningModule):
     # Evaluation and prediction
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -257,23 +256,18 @@ class LitPhi2(LightningModule):
         """Greedy answers to prompts."""
         return generate(self.fused_phi, prompts, end_token=self.end_token, max_new_tokens=self.max_new_tokens)
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch) -> None:
         loss = self.loss(batch)
         if loss.tokens:
-            metrics = self.metrics[stage]
-            metrics["loss"].update(loss.nats / loss.tokens, weight=loss.tokens)
-            metrics["token_accuracy"].update(loss.correct / loss.tokens, weight=loss.tokens)
+            self.mean_loss.update(loss.nats / loss.tokens, weight=loss.tokens)
+            self.mean_accuracy.update(loss.correct / loss.tokens, weight=loss.tokens)
 
     def _report(self, stage: str) -> None:
-        values = {name: metric.compute() for name, metric in self.metrics[stage].items()}
-        for metric in self.metrics[stage].values():
-            metric.reset()
-        curves = {
-            f"{stage}/loss": values["loss"],
-            f"{stage}/perplexity": values["loss"].exp(),
-            f"{stage}/token_accuracy": values["token_accuracy"],
-        }
-        self.log_dict(curves, logger=False, prog_bar=False)  # for checkpoints and early stopping
+        loss, accuracy = self.mean_loss.compute(), self.mean_accuracy.compute()
+        self.mean_loss.reset()
+        self.mean_accuracy.reset()
+        curves = {f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp(), f"{stage}/token_accuracy": accuracy}
+        self.log_dict(curves, logger=False)  # for checkpoints and early stopping
         if self.trainer.state.fn == "fit":
             # Written by ourselves: Lightning drops what is logged before the first step, and that is the base's point.
             self.log_curves({name: value.item() for name, value in curves.items()})
