@@ -127,6 +127,8 @@ class CLI(LightningCLI):
                 check_config(config, known_keys(subparser))
         self.config = parser.parse_args(self.arguments)
         chosen = self.config[self.config.subcommand]
+        if not 0 <= chosen.seed_everything < 2**32:
+            raise InputError(f"seed_everything: {chosen.seed_everything} is not between 0 and {2**32 - 1}.")
         if chosen.run_name is None:
             chosen.run_name = Path(configs[-1]).stem if configs else "run"
 
@@ -152,7 +154,10 @@ class CLI(LightningCLI):
             logger=False if ours or self.subcommand != "fit" else self.config_init[self.subcommand].trainer.logger
         )
         kwargs.update(enable_checkpointing=False, enable_progress_bar=False)  # Trainer adds our own
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:  # Lightning's own checks of accelerator, devices, strategy ...
+            raise InputError(f"trainer: {error}") from error
         assert isinstance(trainer, Trainer)
         trainer.run_name = config.run_name
         trainer.run_config = self._run_config()
@@ -229,6 +234,8 @@ def check_config(path: str, known: Sequence[str]) -> None:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no keys; expected sections such as model:, data: and trainer:.")
     for key in _flatten(content):
+        if key in _SECTIONS:
+            raise InputError(f"{path}: section {key!r} holds no keys; expected some below it, or leave it out.")
         if key not in known and not any(key.startswith(f"{name}.") for name in known if name not in _SECTIONS):
             raise InputError(f"{path}: unknown key {key!r}.{_nearest(key, known)}")
 
@@ -258,6 +265,9 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 def _plain(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message without its own vocabulary, and with the nearest key."""
     message = message.replace("Parser key ", "key ").replace("Validation failed: ", "")
+    message = re.sub(r"(a )?<class '([\w.]+)'>", r"\2", message).replace("NoneType", "null")
+    union = r"Does not validate[^\[]*\[(.*)\](?s:.*?)Given value: "
+    message = re.sub(union, r"Expected one of \1. Got value: ", message)
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
         return f"{message}.{_nearest(match[1], known)}"
     return message

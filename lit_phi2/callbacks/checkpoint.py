@@ -108,7 +108,7 @@ class AdapterCheckpoint(Checkpoint):
     def _write(self, trainer: pl.Trainer) -> None:
         self._write_at_window_end = False
         if trainer.is_global_zero:
-            replace_file(self.last, trainer.save_checkpoint)
+            replace_file(self.last, lambda path: trainer.save_checkpoint(path, weights_only=False))
         else:
             trainer.save_checkpoint(self.last)  # writes nothing, but waits for rank 0 as all ranks must
         if self._is_best and trainer.is_global_zero:

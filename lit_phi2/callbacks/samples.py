@@ -29,13 +29,12 @@ class SampleWriter(Callback):
     def __init__(self, folder: Path) -> None:
         self.file = folder / "samples.jsonl"
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On resume, cut the file back to the step that the run goes on from."""
         if not (trainer.is_global_zero and self.file.is_file()):
             return
-        resumed = trainer.fit_loop.epoch_loop.global_step
         lines = self.file.read_text("utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed]
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.global_step]
         replace_file(self.file, lambda path: path.write_text("".join(kept), "utf-8"))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

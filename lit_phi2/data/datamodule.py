@@ -9,7 +9,7 @@ run needs no state of a loader.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
@@ -154,8 +154,9 @@ class ClaimsDataModule(LightningDataModule):
             self.splits["test"] = self._split("test", self._read("test"), self.max_length)
 
     def train_dataloader(self) -> "Loader[MicroBatch, Batch]":
-        assert self.trainer is not None
-        return Loader(self._training_micro_batches, self._collate("train"), self.num_training_batches())
+        # The length is that of a whole epoch, because Lightning applies limit_train_batches to it once more.
+        whole = num_batches(self.splits["train"].lengths, replace(self.shape(), limit=None))
+        return Loader(self._training_micro_batches, self._collate("train"), whole)
 
     def val_dataloader(self) -> "Loader[MicroBatch, Batch]":
         return self._evaluation_loader("val")
@@ -234,7 +235,7 @@ class ClaimsDataModule(LightningDataModule):
     def _read(self, use: str) -> tuple[list[str], list[Record], list[Fault]]:
         files = self.files[use]
         sources = [files] if isinstance(files, str) else list(files or [])
-        if not sources:
+        if not sources or not all(sources):
             raise InputError(f"data.{use}_files: is empty; expected a path or a list of paths.")
         records, faults = read_records(sources, self.fields, needs_response=use != "predict")
         return sources, records, faults

@@ -8,8 +8,9 @@ generation sees would not be a prefix of what was trained on. A text like "<|end
 split into ordinary tokens and never read as the end token.
 """
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,9 @@ def _settle(
     trimmed = _trim(record, max_length - len(response), tokenizer) if overlong == "trim" else None
     if trimmed is not None:
         return Example(record.id, trimmed + response, len(trimmed), trimmed=True)
-    return Fault(record.place, _too_long(record, num_tokens, len(response), max_length, overlong), raw="")
+    raw = {name: value for name, value in asdict(record).items() if name != "place"}
+    message = _too_long(record, num_tokens, len(response), max_length, overlong)
+    return Fault(record.place, message, json.dumps(raw, ensure_ascii=False))
 
 
 def _trim(record: Record, room: int, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

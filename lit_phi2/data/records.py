@@ -6,9 +6,8 @@
 A source is a path (.jsonl, .json, .csv, .parquet), `claims:SPLIT` (packaged with lit_phi2) or
 `hub:owner/name[:split]`. Faults are gathered, not raised, so that one pass over the data names them all.
 
-Text formats are parsed here line by line, and Parquet and hub datasets are streamed through `datasets`. Its own JSON
-and CSV readers name no line, fail as a whole on one bad record, and would write a copy of private records to a cache
-in the home folder.
+Files are parsed here, row by row; only hub datasets are streamed through `datasets`. Its own readers name no line, fail
+as a whole on one bad record, and leave traces of private records in a cache in the home folder.
 """
 
 import csv
@@ -16,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,10 @@ def read_records(sources: Sequence[str], fields: Fields, *, needs_response: bool
             found_any = True
             place = f"{source}:{line}"
             checked = _check(row, fields, place, f"{label}:{line}", needs_response)
-            if isinstance(checked, Record) and (first := seen.setdefault(checked.id, place)) != place:
+            if isinstance(checked, Record) and (first := seen.get(checked.id)):
                 checked = Fault(place, f"id {checked.id!r} was already used at {first}; ids must be unique.", _raw(row))
+            elif isinstance(checked, Record):
+                seen[checked.id] = place
             records.append(checked) if isinstance(checked, Record) else faults.append(checked)
         if not found_any:
             raise InputError(f"{source}: is empty; expected at least one record.")
@@ -115,8 +117,8 @@ def _labels(sources: Sequence[str]) -> list[str]:
     return [name if names[name := Path(source).name] == 1 else source for source in sources]
 
 
-def _read_rows(source: str, fields: Fields, needs_response: bool) -> Iterator[tuple[int, Any]]:
-    """(line or row number from 1, the parsed row or a _Unreadable) for everything a source holds."""
+def _read_rows(source: str, fields: Fields, needs_response: bool) -> Iterator[tuple[int | str, Any]]:
+    """(line or row number from 1, the parsed row or a _Unreadable) for everything a source holds; no number twice."""
     if source.startswith("hub:"):
         yield from enumerate(_hub_rows(source), start=1)
         return
@@ -156,7 +158,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some spreadsheets write
             if line.strip():
-                yield number, _parse_json_line(line)
+                yield number, _parse_json_line(line.rstrip(b"\r\n"))
 
 
 def _parse_json_line(line: bytes) -> Any:
@@ -168,40 +170,47 @@ def _parse_json_line(line: bytes) -> Any:
         message = f"is not valid JSON: {error.msg} at column {error.colno}; expected one object on the line."
     except (RecursionError, ValueError) as error:
         message = f"is not valid JSON: {type(error).__name__}; expected one object of plain texts."
-    return _Unreadable(message, line.decode("utf-8", errors="replace").rstrip("\r\n"))
+    return _Unreadable(message, line.decode("utf-8", errors="replace"))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The objects of a top-level array, each with the line on which it begins."""
+def _json_rows(path: Path) -> Iterator[tuple[int | str, Any]]:
+    """The objects of a top-level array, each with the line on which it begins; the second on a line as line:column."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: is not UTF-8. Save the file as UTF-8.") from error
     decoder = json.JSONDecoder()
-    position, line = _skip_space(text, 0), 1
+    position = _skip_space(text, 0)
     if not text[position:]:
         return
     if text[position] != "[":
         raise InputError(f"{path}: holds no JSON array of objects; one object a line is .jsonl.")
-    counted = position
+    line, previous, counted = 1, 0, 0
     position = _skip_space(text, position + 1)
     while text[position : position + 1] not in ("]", ""):
         line += text.count("\n", counted, position)
         counted = position
+        column = position - text.rfind("\n", 0, position)
         try:
             row, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}:{line}: is not valid JSON: {error}") from error
-        yield line, row
+        except json.JSONDecodeError as error:
+            found = f"{path}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}"
+            raise InputError(f"{found}; expected an array of objects.") from error
+        except (RecursionError, ValueError) as error:
+            found = f"{path}:{line}: is not valid JSON: {type(error).__name__}"
+            raise InputError(f"{found}; expected objects of plain texts.") from error
+        yield f"{line}:{column}" if line == previous else line, row
+        previous = line
         position = _skip_space(text, position)
         if text[position : position + 1] == ",":
             position = _skip_space(text, position + 1)
         elif text[position : position + 1] != "]":
             line += text.count("\n", counted, position)
             raise InputError(f"{path}:{line}: is not valid JSON: expected ',' or ']' after an object.")
-    if text[position:].strip() != "]":
-        line += text.count("\n", counted, position)
+    end = _skip_space(text, position + 1)
+    if not text[position:] or text[end:]:
+        line += text.count("\n", counted, end)
         raise InputError(f"{path}:{line}: is not valid JSON: the array is not closed, or more follows it.")
 
 
@@ -215,44 +224,49 @@ def _csv_rows(path: Path, fields: Fields, needs_response: bool) -> Iterator[tupl
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 would refuse a long chart extract
     # surrogateescape keeps bytes that are not UTF-8 recognisable, so that they cost a record and not the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        columns = reader.fieldnames or []
-        needed = [fields.instruction] + [fields.response] * needs_response
-        if columns and (missing := [column for column in needed if column not in columns]):
-            raise InputError(
-                f"{path}:1: has no column {', '.join(map(repr, missing))}; its columns are "
-                f"{', '.join(map(repr, columns))}. Name them with data.instruction_field, data.input_field, "
-                "data.response_field and data.id_field."
-            )
+        reader = csv.reader(file, strict=True)
+        columns: list[str] = []
         while True:
             line = reader.line_num + 1  # where the row begins; a quoted field may run over several lines
             try:
-                row = next(reader)
+                values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
                 yield line, _Unreadable(f"is not valid CSV: {error}; nothing after it was read.", "")
                 return
-            yield line, _check_csv_row(row)
+            if not values:
+                continue  # an empty line
+            if columns:
+                yield line, _csv_row(columns, values)
+                continue
+            columns = values
+            needed = [fields.instruction] + [fields.response] * needs_response
+            if missing := [column for column in needed if column not in columns]:
+                raise InputError(
+                    f"{path}:{line}: has no column {', '.join(map(repr, missing))}; its columns are "
+                    f"{_listed(columns)}. Name them with data.instruction_field, data.input_field, "
+                    "data.response_field and data.id_field."
+                )
 
 
-def _check_csv_row(row: dict[Any, Any]) -> Any:
-    values = [value for value in row.values() if isinstance(value, str)]
-    raw = json.dumps({str(key): value for key, value in row.items()}, default=str)
-    if None in row:
-        return _Unreadable(f"has {len(row[None])} values more than the header has columns.", raw)
+def _csv_row(columns: list[str], values: list[str]) -> Any:
+    raw = json.dumps(values)
+    if len(values) > len(columns):
+        message = f"has {len(values)} values but the header has {len(columns)} columns"
+        return _Unreadable(f"{message}; put a value that holds a comma between quotes.", raw)
     if any("\udc80" <= character <= "\udcff" for value in values for character in value):
         return _Unreadable("is not UTF-8. Save the file as UTF-8.", raw)
-    return row
+    return dict(zip_longest(columns, values))  # columns that the row does not reach are None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    from datasets import load_dataset  # takes over a second to import, and most runs read JSONL
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]  # slow to import, seldom needed
 
-    try:  # streaming, or a copy of the records would be written to a cache in the home folder
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from enumerate(rows, start=1)
-    except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
+    try:
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=1000)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except (ArrowException, OSError, ValueError) as error:  # ValueError: a text that is not UTF-8
         raise InputError(f"{path}: cannot be read as Parquet ({type(error).__name__}: {error}).") from error
 
 

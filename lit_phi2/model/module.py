@@ -194,6 +194,8 @@ class LitPhi2(LightningModule):
         }
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if 0 < self.trainer.max_steps <= self.trainer.global_step:
+            self.trainer.should_stop = True  # or a run that ends by steps would end without a validation
         if self._curves:  # a window ended with this batch
             self.log_dict(
                 {"loss": self._curves["train/loss"]},

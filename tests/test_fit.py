@@ -1,0 +1,291 @@
+"""What a run does: dropout, curves, samples, what stops it, and what it leaves behind."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lit_phi2.errors import NonFiniteError
+from lit_phi2.model.lora import read_adapter, trained_parameters
+from lit_phi2.model.module import LitPhi2, warmup_then_cosine
+from runs import Gradients, new_data, new_module, new_trainer, weights_of
+
+Jsonl = Callable[..., Path]
+Records = list[dict[str, str]]
+
+
+@pytest.fixture
+def train_file(write_jsonl: Jsonl, some_records: Records) -> Path:
+    return write_jsonl(some_records)
+
+
+def read_curves(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_a_step_draws_from_every_dropout_and_validation_from_none(
+    native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    """Reference: forward hooks count, for each dropout of base and LoRA, outputs that differ from inputs."""
+    module = new_module(native_folder, dropout=True, lora_dropout=0.3)
+    drawn = {"train": set(), "eval": set()}
+    names = {layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Dropout) and layer.p > 0}
+    for layer in names:
+        layer.register_forward_hook(
+            lambda layer, inputs, output: (
+                None
+                if torch.equal(inputs[0], output)
+                else drawn["train" if module.trainer.training else "eval"].add(names[layer])
+            )
+        )
+    data = new_data(native_folder, train_file)
+    new_trainer(tmp_path, max_steps=1, num_sanity_val_steps=-1).fit(module, data)
+    # In each of two layers: resid_dropout of the block, and LoRA's on Wqkv, fc1 and fc2.
+    assert len(names) == 2 * (1 + 3)
+    assert drawn["train"] == set(names.values())
+    assert not drawn["eval"]
+
+
+def test_only_lora_weights_are_trained(native_folder: Path, train_file: Path, tmp_path: Path) -> None:
+    module = new_module(native_folder)
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    new_trainer(tmp_path, max_steps=2).fit(module, new_data(native_folder, train_file))
+    changed = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    (optimizer,) = module.trainer.optimizers
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(parameter) for name, parameter in module.named_parameters() if "lora_" in name
+    }
+
+
+def test_lora_is_float32_and_the_base_in_the_compute_dtype(native_folder: Path) -> None:
+    module = new_module(native_folder, dtype="bfloat16")
+    for name, parameter in module.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
+        assert parameter.requires_grad == ("lora_" in name)
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine_over_the_planned_steps(
+    native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    """Reference: the closed form, at every step of two epochs; the steps are counted by hand from the rows."""
+    module = new_module(native_folder, learning_rate=1e-3, warmup_ratio=0.25)
+    data = new_data(native_folder, train_file, packing=False)
+    rates: list[float] = []
+    module.log_curves = lambda curves: rates.extend([curves["lr"]] if "lr" in curves else [])  # type: ignore[method-assign]
+    new_trainer(tmp_path, max_epochs=2, accumulate_grad_batches=5, limit_val_batches=0).fit(module, data)
+    steps = 2 * 3  # 12 records, 5 to a window: 5, 5 and 2, twice
+    warmup = 2  # a quarter of 6, rounded up
+    expected = [1e-3 * (step + 1) / warmup for step in range(warmup)]
+    expected += [1e-3 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) for step in range(2, steps)]
+    assert rates == pytest.approx(expected)
+    assert warmup_then_cosine(steps, warmup_steps=warmup, total_steps=steps) == 0
+
+
+def test_gradients_are_clipped_to_the_configured_norm(native_folder: Path, train_file: Path, tmp_path: Path) -> None:
+    """Reference: the gradient that AdamW sees, read from its first moment after one step: 0.1 x gradient."""
+    module = new_module(native_folder)
+    gradients = Gradients()
+    new_trainer(tmp_path, [gradients], max_steps=1, gradient_clip_val=0.01).fit(
+        module, new_data(native_folder, train_file)
+    )
+    (optimizer,) = module.trainer.optimizers
+    seen = torch.cat([state["exp_avg"].flatten() / 0.1 for state in optimizer.state.values()])
+    before = torch.cat([gradient.flatten() for gradient in gradients.steps[0].values()])
+    assert before.norm() > 0.1
+    assert seen.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_run_with_and_without_samples_ends_in_the_same_weights(
+    native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, with dropout on: samples change no mode, no cache flag and no random stream."""
+    ends = []
+    for keep in (True, False):
+        module = new_module(native_folder, dropout=True, lora_dropout=0.2)
+        new_trainer(tmp_path, keep=keep, max_epochs=2, num_sanity_val_steps=-1 if keep else 0).fit(
+            module, new_data(native_folder, train_file)
+        )
+        ends.append(weights_of(module))
+    assert (tmp_path / "run" / "version_0" / "samples.jsonl").is_file()
+    for name, weight in ends[0].items():
+        assert torch.equal(weight, ends[1][name]), name
+
+
+def test_a_run_leaves_curves_samples_checkpoints_and_adapter(
+    native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    module = new_module(native_folder)
+    start = weights_of(module)
+    trainer = new_trainer(tmp_path, keep=True, max_epochs=2, num_sanity_val_steps=-1, accumulate_grad_batches=2)
+    trainer.fit(module, new_data(native_folder, train_file))
+    folder = tmp_path / "run" / "version_0"
+    curves = read_curves(folder)
+
+    steps = trainer.global_step
+    assert steps > 2
+    for tag in ("train/loss", "train/grad_norm", "train/tokens_per_second", "train/supervised_tokens", "lr"):
+        assert [event.step for event in curves.Scalars(tag)] == list(range(1, steps + 1)), tag
+    for tag in ("val/loss", "val/perplexity", "val/token_accuracy"):
+        assert [event.step for event in curves.Scalars(tag)] == [0, steps // 2, steps], tag
+    assert [event.step for event in curves.Tensors("samples/0/text_summary")] == [0, steps // 2, steps]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert [sample["step"] for sample in samples] == [0] * 4 + [steps // 2] * 4 + [steps] * 4
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "samples.jsonl",
+        next(folder.glob("events.out.tfevents*")).name,
+    }
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert set(last["state_dict"]) == set(start), "the adapter and nothing of the base"
+    assert all(torch.equal(weight, last["state_dict"][name]) for name, weight in weights_of(module).items())
+    values = [event.value for event in curves.Scalars("val/loss")][1:]
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == (steps if values[1] < values[0] else steps // 2)
+    exported = read_adapter(folder / "adapter").weights
+    assert all(torch.equal(weight, exported[name]) for name, weight in best["state_dict"].items())
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(
+        folder / "adapter" / "adapter_model.safetensors"
+    )
+
+
+def test_validation_loss_is_the_mean_over_tokens(
+    native_folder: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: torch's cross entropy over all supervised tokens of all records at once, not a mean of means."""
+    module = new_module(native_folder)
+    data = new_data(native_folder, train_file)
+    trainer = new_trainer(tmp_path)
+    trainer.validate(module, data)
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val/"))
+    logits, labels = [], []
+    module.eval()
+    for example in data.splits["val"].examples:
+        ids = torch.tensor([example.ids])
+        with torch.no_grad():
+            logits.append(module.fused_phi(input_ids=ids).logits[0, example.prompt_length - 1 : -1])
+        labels.append(ids[0, example.prompt_length :])
+    expected = nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels)).item()
+    accuracy = (torch.cat(logits).argmax(-1) == torch.cat(labels)).float().mean().item()
+    assert float(printed["val/loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(printed["val/perplexity"]) == pytest.approx(math.exp(expected), rel=1e-4)
+    assert float(printed["val/token_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "gradient"])
+def test_a_value_that_is_not_finite_stops_the_run_before_the_step_and_names_the_records(
+    poisoned: str, native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    module = new_module(native_folder)
+    data = new_data(native_folder, train_file, packing=False)
+    assert module.phi is not None
+    if poisoned == "loss":
+        with torch.no_grad():
+            module.fused_phi.lm_head.bias[7] = math.nan
+    else:
+        parameter = next(iter(trained_parameters(module.phi).values()))
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+    before = weights_of(module)
+    with pytest.raises(NonFiniteError, match=r"step 1: .* not taken\. The records in it: r\d+, r\d+$") as caught:
+        new_trainer(tmp_path, accumulate_grad_batches=2, limit_val_batches=0).fit(module, data)
+    assert caught.value.exit_code == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(module).items())
+
+
+def test_the_base_dropout_is_alive_after_a_validation(native_folder: Path, train_file: Path, tmp_path: Path) -> None:
+    """from_pretrained returns eval mode and Lightning keeps the modes it finds."""
+    module = new_module(native_folder, dropout=True)
+    new_trainer(tmp_path, max_steps=2, num_sanity_val_steps=-1, val_check_interval=1).fit(
+        module, new_data(native_folder, train_file)
+    )
+    assert all(layer.training for layer in module.modules() if isinstance(layer, nn.Dropout))
+
+
+def test_generation_leaves_modes_flags_and_randomness_as_they_were(native_folder: Path) -> None:
+    module = new_module(native_folder, dropout=True)
+    module.fused_phi.model.layers[0].eval()  # a mixture of modes
+    modes = {name: layer.training for name, layer in module.named_modules()}
+    config = module.fused_phi.config.to_dict(), module.fused_phi.generation_config.to_dict()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    module.answer([[1, 2, 3], [4, 5]])
+    assert torch.equal(torch.rand(1), expected)
+    assert {name: layer.training for name, layer in module.named_modules()} == modes
+    assert (module.fused_phi.config.to_dict(), module.fused_phi.generation_config.to_dict()) == config
+
+
+def test_answers_hold_neither_prompt_nor_end_token_and_their_length_does_not_count_the_prompt(
+    native_folder: Path,
+) -> None:
+    """A base whose head always says token 7, then the end token from one position on."""
+    module = new_module(native_folder)
+    head = module.fused_phi.lm_head
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+        head.bias[7] = 1.0
+    prompts = [[3, 4, 5, 6, 8, 9], [3]]
+    answers = module.answer(prompts)
+    assert [answer.ids for answer in answers] == [[7] * 8, [7] * 8]  # max_new_tokens is 8, whatever the prompt
+    assert [answer.finish_reason for answer in answers] == ["length", "length"]
+    with torch.no_grad():
+        head.bias[module.end_token] = 2.0
+    assert [(answer.ids, answer.finish_reason) for answer in module.answer(prompts)] == [([], "stop")] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"limit_train_batches": 3, "accumulate_grad_batches": 2}, 2),
+        ({"limit_train_batches": 0.5, "accumulate_grad_batches": 3}, 2),
+        ({"limit_train_batches": 1.0, "accumulate_grad_batches": 7}, 2),
+    ],
+)
+def test_the_share_of_a_window_follows_the_limits_of_the_trainer(
+    settings: dict[str, Any], steps: int, native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    """Every window's weights sum to one: its loss is a mean over tokens, so a model that says nothing has ln V."""
+    module = new_module(native_folder)
+    with torch.no_grad():
+        module.fused_phi.lm_head.weight.zero_()
+        module.fused_phi.lm_head.bias.zero_()
+    sums: list[float] = []
+    step = module.training_step
+
+    def training_step(batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = step(batch, batch_idx)
+        sums.append(loss.item() / settings["accumulate_grad_batches"])  # what Lightning divides by
+        return loss
+
+    module.training_step = training_step  # type: ignore[method-assign]
+    trainer = new_trainer(tmp_path, limit_val_batches=0, **settings)
+    trainer.fit(module, new_data(native_folder, train_file, packing=False))
+    window = settings["accumulate_grad_batches"]
+    windows = [sum(sums[start : start + window]) for start in range(0, len(sums), window)]
+    assert trainer.global_step == steps == len(windows)
+    vocabulary = module.fused_phi.config.vocab_size
+    assert windows == pytest.approx([math.log(vocabulary)] * steps, rel=1e-5)
+
+
+def test_an_adapter_can_be_started_from(native_folder: Path, train_file: Path, tmp_path: Path) -> None:
+    first = new_module(native_folder)
+    new_trainer(tmp_path, keep=True, max_steps=2).fit(first, new_data(native_folder, train_file))
+    folder = tmp_path / "run" / "version_0"
+    for source in (folder / "adapter", folder / "checkpoints" / "last.ckpt"):
+        second = LitPhi2(base=str(native_folder), adapter=str(source), dtype="float32", lora_r=4, lora_alpha=8)
+        second.configure_model()
+        assert all(torch.equal(weight, weights_of(first)[name]) for name, weight in weights_of(second).items())
