@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_phi2.base import find_base
@@ -148,22 +149,28 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand]
-        settings = config.trainer
-        ours = settings.logger in (None, True)
-        kwargs.update(
-            logger=False if ours or self.subcommand != "fit" else self.config_init[self.subcommand].trainer.logger
-        )
-        kwargs.update(enable_checkpointing=False, enable_progress_bar=False)  # Trainer adds our own
+        given = self.config_init[self.subcommand].trainer
+        for callback in given.callbacks or []:
+            if isinstance(callback, Checkpoint):
+                raise InputError(
+                    f"trainer.callbacks: {type(callback).__name__} has no place here; every run keeps the last and the "
+                    "best checkpoint itself (trainer.enable_checkpointing: false keeps none)."
+                )
+        ours = given.logger in (None, True)
+        # Trainer adds our own logger, checkpoints and progress when it knows the run's folder.
+        settings = {"enable_checkpointing": False, "enable_progress_bar": False}
+        if ours or self.subcommand != "fit":
+            settings["logger"] = False
         try:
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**settings)
         except (TypeError, ValueError) as error:  # Lightning's own checks of accelerator, devices, strategy ...
             raise InputError(f"trainer: {error}") from error
         assert isinstance(trainer, Trainer)
         trainer.run_name = config.run_name
         trainer.run_config = self._run_config()
         trainer.wants_tensorboard = ours
-        trainer.wants_checkpoints = settings.enable_checkpointing is not False
-        trainer.wants_progress = settings.enable_progress_bar is not False
+        trainer.wants_checkpoints = given.enable_checkpointing is not False
+        trainer.wants_progress = given.enable_progress_bar is not False
         return trainer
 
     def _follow(self, checkpoint: Path) -> None:

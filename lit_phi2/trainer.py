@@ -80,6 +80,8 @@ class Trainer(pl.Trainer):
             self.callbacks.append(AdapterCheckpoint(folder))
         else:
             log.warning("trainer.enable_checkpointing is false: no checkpoint and no adapter will be kept")
+        if ckpt_path:
+            self.num_sanity_val_steps = 0  # the base's point of the curves is there already
         super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if self.wants_checkpoints:
             log.info("adapter: %s", folder / "adapter")

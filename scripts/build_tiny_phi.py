@@ -52,7 +52,7 @@ SOURCES = {
     "Creative Commons Attribution 4.0 International (CC BY 4.0), attribution below",
     "va": f"Plain-English pages of the US Department of Veterans Affairs, 2019 | {CC0}",
     "healthcaregov": "HealthCare.gov - code & content, by Centers for Medicare & Medicaid Services, 2013 | "
-    "Public Domain Mark 1.0",
+    "Public Domain Mark 1.0, http://creativecommons.org/publicdomain/mark/1.0/",
     "plainlanguage": f"plainlanguage.gov | US Government work in the public domain, {CC0}",
     "18f": f"Web pages and guides of 18F | US Government work in the public domain, {CC0}",
     "digitalgov": f"digital.gov | US Government work in the public domain, {CC0}",
@@ -60,9 +60,7 @@ SOURCES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt")
     parser.add_argument("--steps", type=int, required=True, help=f"steps of {TOKENS_PER_STEP} tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of windows")
@@ -119,9 +117,7 @@ def load_or_tokenize(corpus: Path, work_dir: Path) -> dict[str, Any]:
     }
     for part, least in (("train", 2 * TOKENS_PER_STEP), ("held_out", HELD_OUT_LENGTH + 1)):
         if len(data[part]) < least:
-            raise ValueError(
-                f"{corpus}: {len(data[part])} {part} tokens, at least {least} are needed. Add text."
-            )
+            raise ValueError(f"{corpus}: {len(data[part])} {part} tokens, at least {least} are needed. Add text.")
     save_whole(data, cache)
     return data
 
@@ -317,9 +313,7 @@ def held_out_loss(model: PhiForCausalLM, ids: Tensor) -> float:
     return nats / used
 
 
-def write_asset(
-    args: argparse.Namespace, model: PhiForCausalLM, data: dict[str, Any], step: int, curve: list
-) -> None:
+def write_asset(args: argparse.Namespace, model: PhiForCausalLM, data: dict[str, Any], step: int, curve: list) -> None:
     """Write model, tokenizer and card to `args.output_dir`, each file whole: someone may be reading it."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = PreTrainedTokenizerFast(
@@ -335,9 +329,7 @@ def write_asset(
         # Measure what was saved: rounded to bfloat16, with Phi's own attention and activation.
         saved = PhiForCausalLM.from_pretrained(folder)
         loss = held_out_loss(saved, data["held_out"])
-        Path(folder, "README.md").write_text(
-            model_card(args, data, saved, step, curve, loss), encoding="utf-8"
-        )
+        Path(folder, "README.md").write_text(model_card(args, data, saved, step, curve, loss), encoding="utf-8")
         for path in sorted(Path(folder).iterdir()):
             path.chmod(0o644)  # safetensors writes a file that only its owner can read
             os.replace(path, args.output_dir / path.name)
@@ -360,9 +352,7 @@ def model_card(
         sources="\n".join(f"| {text} | {n:,} | {size / 1e6:.1f} |" for text, (n, size) in totals.items()),
         recipe=f"{seen / 1e6:.1f} M tokens seen, {seen / num_train:.1f} times the {num_train / 1e6:.2f} M "
         f"there are,\nin {step:,} steps of {TOKENS_PER_STEP:,}, at a learning rate of {PEAK_LEARNING_RATE:g}",
-        rows="\n".join(
-            f"| {at:,} | {at * TOKENS_PER_STEP / 1e6:.1f} | {a:.3f} | {b:.3f} |" for at, a, b in curve
-        ),
+        rows="\n".join(f"| {at:,} | {at * TOKENS_PER_STEP / 1e6:.1f} | {a:.3f} | {b:.3f} |" for at, a, b in curve),
         num_held_out=f"{num_held_out:,}",
         loss=f"{loss:.3f} nats per token, "
         f"{loss / math.log(2) * num_held_out / data['held_out_bytes']:.3f} bits per byte",
@@ -406,9 +396,9 @@ and was never shown the project's instruction template.
 |---|---|---|---|
 {sources}
 
-White space was tidied, exact copies of documents dropped, and the text cut into tokens. Beforehand, questions
-about appeals and paragraphs that also occur in a question-answering test set had been left out of the VA and
-HealthCare.gov pages.
+White space was tidied, exact copies of documents dropped, and the text cut into tokens. Before that, pages and
+questions about appeals had been left out of the VA and HealthCare.gov text, and paragraphs that share 13 words
+in a row with a question-answering validation set had been cut.
 
 Attribution for MedQuAD: Asma Ben Abacha and Dina Demner-Fushman, "A Question-Entailment Approach to Question
 Answering", BMC Bioinformatics 20, 511 (2019), https://doi.org/10.1186/s12859-019-3119-4; data at
@@ -426,9 +416,9 @@ dropout.
 {rows}
 
 Losses are in nats per token; the training loss is the mean since the row above. One document in a hundred
-was held out, {num_held_out} tokens in all. As saved, in bfloat16, in contexts of 512:
-**{loss}.** Many medical documents share stock paragraphs with others, which flatters
-these figures.
+was held out, {num_held_out} tokens in all. As saved, in bfloat16, in contexts of 512, their loss is
+**{loss}.** Many medical documents share stock
+paragraphs with others, which flatters these figures.
 
 Built by
 

@@ -11,7 +11,20 @@ from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTok
 
 from lit_phi2.base import TINY, Base, find_base
 
-WORDS = ["claim", "denied", "appeal", "letter", "plan", "review", "records", "date", "service", "coverage", "notice", "send"]
+WORDS = [
+    "claim",
+    "denied",
+    "appeal",
+    "letter",
+    "plan",
+    "review",
+    "records",
+    "date",
+    "service",
+    "coverage",
+    "notice",
+    "send",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from runs import Gradients, new_data, new_module, new_trainer, relative_difference, weights_of
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PhiForCausalLM
 
@@ -20,6 +19,7 @@ from lit_phi2.data.collate import collate
 from lit_phi2.model.lora import save_adapter, to_native
 from lit_phi2.model.module import LitPhi2
 from lit_phi2.model.phi2 import hidden_states
+from runs import Gradients, new_data, new_module, new_trainer, relative_difference, weights_of
 
 
 def reference_model(folder: Path, module: LitPhi2) -> PeftModel:
@@ -58,7 +58,7 @@ def read_examples(records: list[dict[str, str]], folder: Path) -> list[tuple[lis
 
 
 def reference_step(model: PeftModel, examples: list[tuple[list[int], list[int]]]) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss over supervised tokens and its gradients: examples one by one, transformers' loss, weighted by token."""
+    """Mean loss over supervised tokens, and its gradients: one by one, by transformers' loss, weighted by token."""
     total = sum(len(response) for _, response in examples)
     mean = 0.0
     for prompt, response in examples:
@@ -121,7 +121,8 @@ def test_a_step_equals_examples_run_one_by_one_and_weighted_by_token(
     new_trainer(tmp_path, [gradients], accumulate_grad_batches=accumulate, limit_val_batches=0).fit(module, data)
 
     assert len(gradients.steps) == 1, "the shapes above make one window of all eight records"
-    assert set(gradients.steps[0]) == set(reference) and len(reference) == 2 * 3 * 2
+    assert set(gradients.steps[0]) == set(reference)
+    assert len(reference) == 2 * 3 * 2, "A and B of three targets in two layers"
     for name, expected in reference.items():
         assert relative_difference(gradients.steps[0][name], expected) < 1e-5, name
     assert curves["train/loss"] == pytest.approx(reference_loss, rel=1e-5)

@@ -1,0 +1,92 @@
+"""The fused Wqkv: moved weights, nothing computed, and the native Phi left alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PhiConfig, PhiForCausalLM
+
+from lit_phi2.base import Base, find_base, load_tokenizer
+from lit_phi2.errors import InputError
+from lit_phi2.model.phi2 import FusedPhiForCausalLM, linear_layers, load_phi2
+
+
+def test_wqkv_holds_the_rows_of_q_then_k_then_v(native_folder: Path, base: Base) -> None:
+    """Reference: the native class on the same files; bit for bit."""
+    native = PhiForCausalLM.from_pretrained(native_folder, dtype=torch.float32)
+    fused = load_phi2(base, torch.float32)
+    for old, new in zip(native.model.layers, fused.model.layers, strict=True):
+        attention = old.self_attn
+        for part in ("weight", "bias"):
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            expected = torch.cat([getattr(projection, part) for projection in projections])
+            assert torch.equal(getattr(new.self_attn.Wqkv, part), expected)
+    assert fused.num_parameters() == native.num_parameters()
+
+
+def test_a_checkpoint_in_shards_and_float16_loads_as_one_in_a_single_file(
+    native_folder: Path, base: Base, tmp_path: Path
+) -> None:
+    """Phi-2 itself comes in two shards of float16; the tolerance is the rounding to float16 of weights below 1."""
+    native = PhiForCausalLM.from_pretrained(native_folder, dtype=torch.float16)
+    native.save_pretrained(tmp_path, max_shard_size="300KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((native_folder / name).read_bytes())
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    sharded = load_phi2(find_base(str(tmp_path)), torch.float32)
+    for name, parameter in load_phi2(base, torch.float32).named_parameters():
+        torch.testing.assert_close(sharded.get_parameter(name), parameter, rtol=2**-11, atol=1e-7)
+
+
+def test_the_linear_layers_of_a_block_are_known_without_loading(base: Base) -> None:
+    assert linear_layers(base) == {"Wqkv": 2, "dense": 2, "fc1": 2, "fc2": 2}
+
+
+def test_grouped_keys_are_refused(native_folder: Path) -> None:
+    config = PhiConfig.from_pretrained(native_folder)
+    config.num_key_value_heads = 2
+    with pytest.raises(ValueError, match="as many key as query heads"):
+        FusedPhiForCausalLM(config)
+
+
+def test_the_packaged_tiny_phi_is_a_native_phi_with_an_end_token_and_no_pad_token() -> None:
+    tiny = find_base("tiny")
+    model = PhiForCausalLM.from_pretrained(tiny.folder)
+    tokenizer = load_tokenizer(tiny)
+    assert model.num_parameters() <= 4_000_000
+    assert sum(path.stat().st_size for path in tiny.folder.iterdir()) <= 8_000_000
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+    assert tokenizer.pad_token is None
+    text = "Claim 4417: naïve, £9 €8\n\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_another_base_has_another_digest_and_a_copy_the_same(base: Base, native_folder: Path, tmp_path: Path) -> None:
+    for path in native_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert find_base(str(tmp_path)).digest == base.digest
+    model = PhiForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.25)
+    model.save_pretrained(tmp_path)
+    assert find_base(str(tmp_path)).digest != base.digest
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "'llama' model"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"no \*.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+    ],
+)
+def test_a_folder_that_is_no_phi_is_refused_with_what_it_lacks(
+    spoil: object, told: str, native_folder: Path, tmp_path: Path
+) -> None:
+    for path in native_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(InputError, match=told):
+        find_base(str(tmp_path))

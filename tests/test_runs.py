@@ -1,0 +1,55 @@
+"""Where runs live and what a checkpoint's name means."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lit_phi2.errors import InputError
+from lit_phi2.runs import find_checkpoint, open_run, run_folder
+
+
+def put(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def test_runs_opened_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: open_run(tmp_path, "tiny"), range(40)))
+    assert sorted(folder.name for folder in folders) == sorted(f"version_{number}" for number in range(40))
+
+
+def test_last_and_best_are_those_of_the_newest_run_that_has_them(tmp_path: Path) -> None:
+    for version in (2, 10):  # 10 is newer than 9, though not by the alphabet
+        put(tmp_path / "tiny" / f"version_{version}" / "checkpoints" / "last.ckpt")
+    best = put(tmp_path / "tiny" / "version_2" / "checkpoints" / "best.ckpt")
+    assert find_checkpoint("last", tmp_path, "tiny").parent.parent.name == "version_10"
+    assert find_checkpoint("best", tmp_path, "tiny") == best
+    assert open_run(tmp_path, "tiny").name == "version_11"
+
+
+def test_a_checkpoint_is_a_file_an_adapter_or_the_best_of_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "tiny" / "version_0"
+    last, best = put(run / "checkpoints" / "last.ckpt"), put(run / "checkpoints" / "best.ckpt")
+    put(run / "config.yaml")
+    adapter = put(run / "adapter" / "adapter_config.json").parent
+    assert find_checkpoint(str(last), tmp_path, "x") == last
+    assert find_checkpoint(str(run), tmp_path, "x") == best
+    assert find_checkpoint(str(adapter), tmp_path, "x") == adapter
+    assert run_folder(last) == run_folder(adapter) == run
+    elsewhere = put(tmp_path / "elsewhere" / "mine" / "adapter_config.json").parent
+    assert run_folder(elsewhere) == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("best", "no run of 'tiny'"), ("nowhere.ckpt", "does not exist"), (".", "holds none")],
+)
+def test_a_checkpoint_that_is_not_there_is_told_with_what_was_expected(
+    name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=told):
+        find_checkpoint(name, tmp_path, "tiny")
