@@ -403,7 +403,8 @@ in a row with a question-answering validation set had been cut.
 Attribution for MedQuAD: Asma Ben Abacha and Dina Demner-Fushman, "A Question-Entailment Approach to Question
 Answering", BMC Bioinformatics 20, 511 (2019), https://doi.org/10.1186/s12859-019-3119-4; data at
 https://github.com/abachaa/MedQuAD, under https://creativecommons.org/licenses/by/4.0/. Keep this attribution
-with the weights. No source endorses this model.
+with the weights. No source endorses this model. The weights themselves are under Apache-2.0, as the
+project is.
 
 ## Training
 
