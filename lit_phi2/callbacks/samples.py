@@ -8,6 +8,7 @@ modes and cache flags as they were and draws no random number.
 """
 
 import json
+import textwrap
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_phi2.files import replace_file
 
 NUM_SAMPLES = 4
+WIDTH = 100  # characters in a line of TensorBoard's text tab
 
 
 class SampleWriter(Callback):
@@ -79,7 +81,8 @@ def as_markdown(sample: dict[str, object]) -> str:
     parts = []
     for name in ("prompt", "reference", "answer"):
         note = f" ({sample['finish_reason']})" if name == "answer" else ""
-        # Indented lines are code to Markdown, so nothing in a record is taken for markup.
-        text = "\n".join("    " + line for line in str(sample[name]).split("\n"))
+        # Indented lines are code to Markdown, so nothing in a record is taken for markup; code does not wrap by itself.
+        lines = [part for line in str(sample[name]).split("\n") for part in textwrap.wrap(line, WIDTH) or [""]]
+        text = "\n".join("    " + line for line in lines)
         parts.append(f"**{name}**{note}\n\n{text}")
     return "\n\n".join(parts)
