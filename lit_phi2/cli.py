@@ -10,12 +10,14 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
@@ -51,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_dependencies()
     try:
         CLI(order_arguments(sys.argv[1:] if arguments is None else arguments))
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns Ctrl-C into SystemExit(1).
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("\nstopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (InputError, MisconfigurationException, NonFiniteError, Stopped) as error:
         if os.environ.get("LIT_PHI2_TRACEBACK") == "1":
             raise
@@ -126,7 +134,10 @@ class CLI(LightningCLI):
         if subparser is not None:
             for config in configs:
                 check_config(config, known_keys(subparser))
-        self.config = parser.parse_args(self.arguments)
+        try:
+            self.config = parser.parse_args(self.arguments)
+        except InputError as error:
+            raise InputError(f"{_file_of(str(error), configs, self.arguments)}{error}") from error
         chosen = self.config[self.config.subcommand]
         if not 0 <= chosen.seed_everything < 2**32:
             raise InputError(f"seed_everything: {chosen.seed_everything} is not between 0 and {2**32 - 1}.")
@@ -280,6 +291,17 @@ def _plain(message: str, known: Sequence[str]) -> str:
     return message
 
 
+def _file_of(message: str, configs: Sequence[str], arguments: Sequence[str]) -> str:
+    """The config that set the key a message names, to stand before it; nothing where a flag set it."""
+    match = re.search(r'key "([\w.]+)"', message)
+    if match is None or any(argument.partition("=")[0] == f"--{match[1]}" for argument in arguments):
+        return ""
+    for config in reversed(configs):
+        if match[1] in _flatten(yaml.safe_load(Path(config).read_text("utf-8"))):
+            return f"{config}: "
+    return ""
+
+
 def _check_trainer_settings(trainer: Any) -> None:
     """Refuse what would be ignored or would break the promises of the run.
 
@@ -290,6 +312,16 @@ def _check_trainer_settings(trainer: Any) -> None:
         raise InputError(
             f"trainer.precision: {trainer.precision} has no use here; the compute dtype is model.dtype (auto, bfloat16 "
             "or float32), and LoRA weights are always float32."
+        )
+    missing = {
+        "cuda": not torch.cuda.is_available(),
+        "mps": not torch.backends.mps.is_available(),
+        "gpu": not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+    }
+    if missing.get(str(trainer.accelerator).lower()):
+        raise InputError(
+            f"trainer.accelerator: {trainer.accelerator} was asked for, but torch {torch.__version__} finds none on "
+            "this machine. Use auto or cpu, or install a torch that was built for your card."
         )
     if trainer.use_distributed_sampler:
         raise InputError("trainer.use_distributed_sampler: must be false; the plan deals records to processes itself.")

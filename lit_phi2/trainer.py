@@ -10,10 +10,12 @@ The signatures are the subcommands' arguments.
 
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_phi2.callbacks import (
@@ -170,6 +172,7 @@ class Trainer(pl.Trainer):
             if split.left_out:
                 log.warning("data.%s_files: %d records left out", use, len(split.left_out))
         self._show_progress(Throughput())
+        self.callbacks.append(DefaultSignals())
 
     def _print_metrics(self) -> None:
         """Each metric on a line of its own: name and value."""
@@ -204,6 +207,15 @@ class Trainer(pl.Trainer):
                 "data.val_files: validating on the packaged claims while training on other records. Give your own, or "
                 "null to hold out data.val_fraction of the training records."
             )
+
+
+class DefaultSignals(Callback):
+    """SIGTERM ends validate, test and predict, as it should; Lightning notes it there and goes on."""
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    on_test_start = on_predict_start = on_validation_start
 
 
 class EventLog(TensorBoardLogger):

@@ -37,7 +37,7 @@ def main() -> None:
     )
     torch.manual_seed(arguments.seed)
     with torch.device("meta"):
-        model = PhiForCausalLM(config).to(torch.float16)  # Phi-2's saved dtype
+        model = PhiForCausalLM(config).half()  # the dtype in which Phi-2 is saved
     model = model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:

@@ -51,13 +51,14 @@ class AdapterCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_loss = state_dict["best_loss"]
 
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take_signals()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # after Lightning set its own, which act inside a window
-            self._handlers[number] = signal.signal(number, self._note_signal)
+        self._take_signals()
+        if self._signal:
+            raise Stopped("stopped before the first step; there is nothing to save.", self._signal)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -119,6 +120,12 @@ class AdapterCheckpoint(Checkpoint):
         if trainer.should_stop:
             trainer.should_stop = False
             self._stop_at_window_end = True
+
+    def _take_signals(self) -> None:
+        """From Lightning, which set its own by now: those act inside a window, and exit with other codes."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if number not in self._handlers:
+                self._handlers[number] = signal.signal(number, self._note_signal)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number

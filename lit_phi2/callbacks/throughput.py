@@ -117,28 +117,43 @@ class ProgressLines(ProgressBarBase):
         self.throughput = throughput
         self.every_seconds = every_seconds
         self.printed = -every_seconds
+        self.disabled = False
 
     def disable(self) -> None:
         """Lightning calls this on ranks other than 0."""
-        self.every_seconds = float("inf")
+        self.disabled = True
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._print(f"batch {batch_idx + 1}/{trainer.num_predict_batches[0]} answered")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = trainer.progress_bar_metrics.get("loss")
-        total = pl_module.total_steps()
-        now = time.monotonic()
-        last = trainer.global_step == total
-        if loss is None or (now - self.printed < self.every_seconds and not last):
+        if loss is None:
             return
-        self.printed = now
-        print(
-            f"step {trainer.global_step}/{total}  loss {loss:.4f}  "
-            f"{self.throughput.tokens_per_second:,.0f} tokens/s  "
+        total = pl_module.total_steps()
+        self._print(
+            f"step {trainer.global_step}/{total}  loss {loss:.4f}  {self.throughput.tokens_per_second:,.0f} tokens/s  "
             f"{_clock(self.throughput.seconds_left(total))} left",
-            file=sys.stderr,
-            flush=True,
+            always=trainer.global_step == total,
         )
+
+    def _print(self, line: str, *, always: bool = False) -> None:
+        now = time.monotonic()
+        if self.disabled:
+            return
+        if always or now - self.printed >= self.every_seconds:
+            self.printed = now
+            print(line, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

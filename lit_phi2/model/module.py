@@ -273,6 +273,7 @@ class LitPhi2(LightningModule):
         if self.trainer.state.fn == "fit":
             # Written by ourselves: Lightning drops what is logged before the first step, and that is the base's point.
             self.log_curves({name: value.item() for name, value in curves.items()})
+            log.info("step %d  val/loss %.4f  val/token_accuracy %.4f", self.trainer.global_step, loss, accuracy)
 
     # Checkpoints
 
