@@ -185,11 +185,18 @@ def test_a_record_that_trimming_cannot_save_is_a_fault(kind: str, tokenizer: Tok
     assert "Raise data.max_length, or shorten the record." in message
 
 
-def test_an_input_is_not_trimmed_to_nothing(tokenizer: Tokenizer) -> None:
-    """The limit would just hold the record without its input section: a question about nothing."""
-    length = len(ids("### Instruction:\nWhy?\n\n### Response:\n")) + len(ids("Because.")) + 1
-    assert length_of(Record("r", "Why?", "", "Because.", "r.jsonl:1"), tokenizer) == length
-    assert len(one(Record("r", "Why?", "Code 97", "Because.", "r.jsonl:1"), tokenizer, max_length=length).faults) == 1
+@pytest.mark.parametrize("input", ["Code 97", "\n" * 30 + "Code 97"])
+def test_an_input_is_not_trimmed_to_nothing(input: str, tokenizer: Tokenizer) -> None:
+    """From the limit that would just hold the record without its input section: a question about nothing."""
+    record = Record("r", "Why?", input, "Because.", "r.jsonl:1")
+    length = length_of(Record("r", "Why?", "", "Because.", "r.jsonl:1"), tokenizer)
+    outcomes = set()
+    for max_length in range(length, length_of(record, tokenizer)):
+        encoded = one(record, tokenizer, max_length=max_length)
+        outcomes.add(len(encoded.faults))
+        for example in encoded.examples:
+            assert "### Input:\n" in tokenizer.decode(example.ids)
+    assert 1 in outcomes
 
 
 def test_a_response_longer_than_allowed_is_told_with_its_length(tokenizer: Tokenizer) -> None:

@@ -309,6 +309,7 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     "not an object": (["Why?", "Because."], "is a list; expected an object with the fields of a record."),
     "null": (None, "is null; expected an object"),
     "too deep": ("[" * 100_000, "is not valid JSON: RecursionError; expected one object"),
+    "number too long": ('{"id": 1' + "0" * 5000 + "}", "is not valid JSON: ValueError; expected one object of plain"),
     "missing instruction": (
         without("instruction"),
         "has no field 'instruction'; it has 'id', 'input', 'response'. Expected a text there (data.*_field",
