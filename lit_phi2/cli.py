@@ -155,7 +155,7 @@ class CLI(LightningCLI):
             return
         checkpoint = find_checkpoint(name, Path(config.trainer.default_root_dir), config.run_name)
         config.ckpt_path = str(checkpoint)
-        if self.subcommand != "fit":
+        if self.subcommand in ("validate", "test", "predict"):
             self._follow(checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -194,21 +194,13 @@ class CLI(LightningCLI):
             "lora_alpha": adapter.shape.lora_alpha,
             "target_modules": list(adapter.shape.target_modules),
         }
-        if self.subcommand != "export" and not self._is_its_base(config.base, adapter.base["base_digest"]):
+        if not self._is_its_base(config.base, adapter.base["base_digest"]):
             shape["base"] = adapter.base["base"]
         for key, value in shape.items():
             if config[key] != value:
                 log.info("model.%s: %s, as in %s; not %s", key, value, checkpoint, config[key])
                 config[key] = value
         self.config[self.subcommand].data.base = config.base
-        if self.subcommand == "export":
-            return
-        found = find_base(config.base)
-        if adapter.base["base_digest"] and adapter.base["base_digest"] != found.digest:
-            raise InputError(
-                f"--ckpt_path {checkpoint}: was trained on another base than {config.base!r} is now (digest "
-                f"{adapter.base['base_digest']}, found {found.digest}). Give its base with --model.base."
-            )
 
     def _is_its_base(self, base: str, digest: str) -> bool:
         """Whether the configured base is the one it was trained on, wherever it lies now."""
@@ -225,11 +217,11 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand].clone()
         for key in ("ckpt_path", "output", "output_dir", "config"):
             config.pop(key, None)
-        dumped: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
+        dumped: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False, skip_validation=True))
         for key in ("ckpt_path", "output", "output_dir", "config"):
             dumped.pop(key, None)
-        command = f"#   python -m lit_phi2 fit --config {self.config[self.subcommand].run_name}.yaml"
-        return f"# This run, complete. To train it again:\n{command}\n" + yaml.safe_dump(dumped, sort_keys=False)
+        header = "# This run, complete; fit --config with this file trains it again.\n"
+        return header + yaml.safe_dump(dumped, sort_keys=False)
 
 
 def known_keys(parser: Any) -> list[str]:

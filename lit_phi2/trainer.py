@@ -62,8 +62,7 @@ class Trainer(pl.Trainer):
             datamodule: from the config.
             ckpt_path: continue this run: a .ckpt, a run folder, or `last` of the newest run.
         """
-        self._attach(datamodule)
-        datamodule.setup("fit")  # first of all: a fault in the data costs no folder and no loading
+        self._check("fit", model, datamodule)
         self._warn_about_mixed_data(datamodule)
         throughput = Throughput()
         self.callbacks.insert(0, throughput)
@@ -96,7 +95,7 @@ class Trainer(pl.Trainer):
             datamodule: from the config.
             ckpt_path: whose adapter to measure: a .ckpt, an adapter or run folder, `last` or `best`; the base without.
         """
-        self._evaluate("validate", datamodule)
+        self._evaluate("validate", model, datamodule)
         super().validate(model, datamodule=datamodule, verbose=False)
         self._print_metrics()
 
@@ -108,7 +107,7 @@ class Trainer(pl.Trainer):
             datamodule: from the config.
             ckpt_path: whose adapter to measure: a .ckpt, an adapter or run folder, `last` or `best`; the base without.
         """
-        self._evaluate("test", datamodule)
+        self._evaluate("test", model, datamodule)
         super().test(model, datamodule=datamodule, verbose=False)
         self._print_metrics()
 
@@ -127,7 +126,7 @@ class Trainer(pl.Trainer):
             ckpt_path: whose adapter answers: a .ckpt, an adapter or run folder, `last` or `best`; the base without.
             output: the file to write; predictions.jsonl in the folder of the run without.
         """
-        self._evaluate("predict", datamodule)
+        self._evaluate("predict", model, datamodule)
         file = Path(output) if output else self.folder_of(ckpt_path) / "predictions.jsonl"
         writer = PredictionWriter(file)
         self.callbacks.append(writer)
@@ -162,12 +161,14 @@ class Trainer(pl.Trainer):
         """Where a subcommand other than fit writes."""
         return run_folder(Path(ckpt_path)) if ckpt_path else Path(self.default_root_dir) / self.run_name / "base"
 
-    def _attach(self, datamodule: ClaimsDataModule) -> None:
+    def _check(self, stage: str, model: LitPhi2, datamodule: ClaimsDataModule) -> None:
+        """First of all: a fault in model or data costs no loading and leaves no folder."""
         datamodule.trainer = self
+        model.check()
+        datamodule.setup(stage)
 
-    def _evaluate(self, stage: str, datamodule: ClaimsDataModule) -> None:
-        self._attach(datamodule)
-        datamodule.setup(stage)  # before the model is loaded
+    def _evaluate(self, stage: str, model: LitPhi2, datamodule: ClaimsDataModule) -> None:
+        self._check(stage, model, datamodule)
         for use, split in datamodule.splits.items():
             if split.left_out:
                 log.warning("data.%s_files: %d records left out", use, len(split.left_out))

@@ -24,9 +24,11 @@ from lit_phi2.data.prompts import format_prompt
 from lit_phi2.data.records import Fault, Fields, Record, raise_faults, read_records
 from lit_phi2.errors import InputError
 
+Read = tuple[list[str], list[Record], list[Fault]]  # sources, records, faults
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+DEFAULT_VAL_FRACTION = 0.1
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _PREDICT_TOKENS = 8192  # in a batch of prompts with room for answers: 2.7 GB of keys and values for Phi-2
 _PREDICT_PROMPTS = 32
@@ -40,13 +42,19 @@ class Split:
         sources: where the records came from.
         records: that became examples.
         examples: in the order of the records.
-        left_out: bad records and, where asked for, overlong ones.
+        bad: records that cannot be used.
+        skipped: overlong records, where data.overlong is skip.
     """
 
     sources: list[str]
     records: list[Record]
     examples: list[Example]
-    left_out: list[Fault] = field(default_factory=list)
+    bad: list[Fault] = field(default_factory=list)
+    skipped: list[Fault] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> list[Fault]:
+        return self.bad + self.skipped
 
     @property
     def lengths(self) -> list[int]:
@@ -98,7 +106,7 @@ class ClaimsDataModule(LightningDataModule):
         input_field: str = "input",
         response_field: str = "response",
         id_field: str = "id",
-        val_fraction: float = 0.1,
+        val_fraction: float = DEFAULT_VAL_FRACTION,
         max_length: int = 512,
         packing: bool = True,
         batch_size: int = 1,
@@ -139,19 +147,27 @@ class ClaimsDataModule(LightningDataModule):
             raise InputError(
                 f"data.max_length: {self.max_length} is more than the {context} positions of base {self.base!r}."
             )
+        room = context - self.max_new_tokens
+        if "predict" in uses and room < 1:
+            raise InputError(
+                f"model.max_new_tokens: {self.max_new_tokens} leaves no room for a prompt in the {context} positions "
+                f"of base {self.base!r}."
+            )
         self.tokenizer = self.tokenizer or load_tokenizer(base)
-        if "predict" in uses:
-            room = context - self.max_new_tokens
-            if room < 1:
+        splits = {
+            use: self._split(use, read, room if use == "predict" else self.max_length)
+            for use, read in self._read_all(uses).items()
+        }
+        if self.on_bad_record == "error":
+            bad = [fault for split in splits.values() for fault in split.bad]
+            raise_faults(bad, setting=" and ".join(f"data.{use}_files" for use, split in splits.items() if split.bad))
+        for use, split in splits.items():
+            if not split.examples:
                 raise InputError(
-                    f"model.max_new_tokens: {self.max_new_tokens} leaves no room for a prompt in the {context} "
-                    f"positions of base {self.base!r}."
+                    f"data.{use}_files: none of the {len(split.left_out)} records can be used. The first: "
+                    f"{split.left_out[0]}"
                 )
-            self.splits["predict"] = self._split("predict", self._read("predict"), room)
-        if {"train", "val"} & set(uses):
-            self._setup_training(uses)
-        if "test" in uses:
-            self.splits["test"] = self._split("test", self._read("test"), self.max_length)
+        self.splits |= splits
 
     def train_dataloader(self) -> "Loader[MicroBatch, Batch]":
         # The length is that of a whole epoch, because Lightning applies limit_train_batches to it once more.
@@ -228,11 +244,16 @@ class ClaimsDataModule(LightningDataModule):
             raise InputError(f"data.on_bad_record: {self.on_bad_record!r} is unknown; expected 'error' or 'skip'.")
         if not 0 < self.val_fraction < 1:
             raise InputError(f"data.val_fraction: {self.val_fraction} is not between 0 and 1.")
+        if self.val_fraction != DEFAULT_VAL_FRACTION and self.files["val"] is not None:
+            raise InputError(
+                f"data.val_fraction: {self.val_fraction} has no effect while data.val_files is {self.files['val']!r}. "
+                "Set data.val_files to null, or leave val_fraction out."
+            )
         for name in ("max_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: {getattr(self, name)} is less than 1.")
 
-    def _read(self, use: str) -> tuple[list[str], list[Record], list[Fault]]:
+    def _read(self, use: str) -> Read:
         files = self.files[use]
         sources = [files] if isinstance(files, str) else list(files or [])
         if not sources or not all(sources):
@@ -240,25 +261,23 @@ class ClaimsDataModule(LightningDataModule):
         records, faults = read_records(sources, self.fields, needs_response=use != "predict")
         return sources, records, faults
 
-    def _setup_training(self, uses: Sequence[str]) -> None:
-        if self.files["val"] is not None:
-            for use in uses:
-                self.splits[use] = self._split(use, self._read(use), self.max_length)
-            return
+    def _read_all(self, uses: Sequence[str]) -> dict[str, Read]:
+        """What each use reads; validation is held out of the training records where it has no files of its own."""
+        if "val" not in uses or self.files["val"] is not None:
+            return {use: self._read(use) for use in uses}
         sources, records, faults = self._read("train")
         held_out = [_hash_fraction(record) < self.val_fraction for record in records]
         train = [record for record, held in zip(records, held_out, strict=True) if not held]
         val = [record for record, held in zip(records, held_out, strict=True) if held]
         for name, part in (("training", train), ("validation", val)):
-            if not part:
+            if records and not part:
                 raise InputError(
                     f"data.val_fraction: {self.val_fraction} of {len(records)} records leaves none for {name}. "
                     "Give data.val_files, or another fraction."
                 )
-        self.splits["train"] = self._split("train", (sources, train, faults), self.max_length)
-        self.splits["val"] = self._split("val", (sources, val, []), self.max_length)
+        return {"train": (sources, train, faults), "val": (sources, val, [])}
 
-    def _split(self, use: str, read: tuple[list[str], list[Record], list[Fault]], max_length: int) -> Split:
+    def _split(self, use: str, read: Read, max_length: int) -> Split:
         sources, records, faults = read
         assert self.tokenizer is not None
         encoded = encode(
@@ -268,15 +287,7 @@ class ClaimsDataModule(LightningDataModule):
             overlong=self.overlong,
             with_response=use != "predict",
         )
-        faults = faults + encoded.faults
-        if self.on_bad_record == "error":
-            raise_faults(faults, setting=f"data.{use}_files")
-        if not encoded.examples:
-            raise InputError(
-                f"data.{use}_files: none of the {len(records) + len(faults)} records can be used. "
-                f"The first: {(faults + encoded.skipped)[0]}"
-            )
-        return Split(sources, encoded.records, encoded.examples, faults + encoded.skipped)
+        return Split(sources, encoded.records, encoded.examples, faults + encoded.faults, encoded.skipped)
 
     def _training_micro_batches(self) -> list[MicroBatch]:
         """The rest of the epoch in which the run stands, by its number of optimizer steps."""

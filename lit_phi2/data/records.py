@@ -12,6 +12,7 @@ as a whole on one bad record, and leave traces of private records in a cache in 
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -243,10 +244,12 @@ def _csv_rows(path: Path, fields: Fields, needs_response: bool) -> Iterator[tupl
             columns = values
             needed = [fields.instruction] + [fields.response] * needs_response
             if missing := [column for column in needed if column not in columns]:
+                # The names only where they look like names: a file without a header begins with a record.
+                named = all(re.fullmatch(r"[\w .-]{1,40}", column) for column in columns)
+                found = f"its columns are {_listed(columns)}" if named else "its first line does not hold column names"
                 raise InputError(
-                    f"{path}:{line}: has no column {', '.join(map(repr, missing))}; its columns are "
-                    f"{_listed(columns)}. Name them with data.instruction_field, data.input_field, "
-                    "data.response_field and data.id_field."
+                    f"{path}:{line}: has no column {', '.join(map(repr, missing))}; {found}. Name "
+                    "them with data.instruction_field, data.input_field, data.response_field and data.id_field."
                 )
 
 

@@ -81,6 +81,28 @@ def check_targets(targets: Sequence[str], available: Mapping[str, int], num_laye
         raise InputError(f"model.target_modules: {list(targets)} names a layer twice.")
 
 
+def check_adapter(adapter: Adapter, shape: LoraShape, base: Base, *, source: str) -> None:
+    """Refuse an adapter of another shape, base or template than the run's.
+
+    Raises:
+        InputError: names the first difference, with both values.
+    """
+    for name in ("lora_r", "lora_alpha", "target_modules"):
+        found, expected = getattr(adapter.shape, name), getattr(shape, name)
+        if found != expected and (name != "target_modules" or set(found) != set(expected)):
+            raise InputError(f"{source}: has {name} {found}, but model.{name} is {expected}; make them equal.")
+    digest = adapter.base["base_digest"]
+    if digest and digest != base.digest:
+        raise InputError(
+            f"{source}: was trained on {adapter.base['base']!r} (digest {digest}), but model.base is {base.name!r} "
+            f"(digest {base.digest}). Give its own base with --model.base."
+        )
+    if adapter.template_version not in (0, TEMPLATE_VERSION):
+        raise InputError(
+            f"{source}: learned prompts of template {adapter.template_version}; this lit_phi2 has {TEMPLATE_VERSION}."
+        )
+
+
 def add_lora(model: FusedPhiForCausalLM, shape: LoraShape, *, dropout: float) -> PeftModel:
     """Freeze the base and put a fresh float32 adapter on every target; it changes nothing until it is trained."""
     config = LoraConfig(

@@ -31,6 +31,7 @@ from lit_phi2.model.lora import (
     adapter_to_state,
     adapter_weights,
     add_lora,
+    check_adapter,
     check_targets,
     describe,
     load_weights,
@@ -100,18 +101,28 @@ class LitPhi2(LightningModule):
 
     # The model
 
-    def configure_model(self) -> None:
-        """Load the base, freeze it in the compute dtype, and add the adapter; a second call finds it done.
+    def check(self) -> None:
+        """Find the base and hold targets and adapter against it, without loading any weights of it.
 
         Raises:
             InputError: the base, a target or the adapter to start from cannot be used.
         """
+        self._found_base = find_base(self.base)
+        self._layers = linear_layers(self._found_base)
+        check_targets(self.shape.target_modules, self._layers, max(self._layers.values()))
+        if self.adapter is not None:
+            self._started_from = read_adapter(Path(self.adapter))
+            check_adapter(self._started_from, self.shape, self._found_base, source=self.adapter)
+
+    def configure_model(self) -> None:
+        """Load the base, freeze it in the compute dtype, and add the adapter; a second call finds it done.
+
+        Raises:
+            InputError: as check does.
+        """
         if self.phi is not None:
             return
-        self._found_base = find_base(self.base)
-        available = linear_layers(self._found_base)
-        num_layers = max(available.values())
-        check_targets(self.shape.target_modules, available, num_layers)
+        self.check()
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         dtype, reason = choose_dtype(self.compute_dtype, device)
         log.info("device %s, compute dtype %s: %s", device, str(dtype).removeprefix("torch."), reason)
@@ -119,8 +130,7 @@ class LitPhi2(LightningModule):
         self.phi = add_lora(load_phi2(self._found_base, dtype), self.shape, dropout=self.lora_dropout)
         self.end_token = int(load_tokenizer(self._found_base).eos_token_id)
         if self.adapter is not None:
-            started_from = read_adapter(Path(self.adapter))
-            load_weights(self.phi, started_from.weights, source=self.adapter)
+            load_weights(self.phi, self._started_from.weights, source=self.adapter)
         # from_pretrained returns eval mode and Lightning keeps the modes it finds, so the base's own dropout, part of
         # Phi-2's recipe, would stay dead.
         self.phi.train()
@@ -129,7 +139,7 @@ class LitPhi2(LightningModule):
         log.info(
             "base %s, %d layers; LoRA r=%d on %s trains %s of %s parameters (%.2f %%), %s stay frozen",
             self.base,
-            num_layers,
+            max(self._layers.values()),
             self.shape.lora_r,
             ", ".join(self.shape.target_modules),
             f"{trained:,}",
