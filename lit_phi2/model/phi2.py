@@ -77,6 +77,8 @@ class FusedPhiForCausalLM(PhiForCausalLM):
         super().__init__(config)
         for index, layer in enumerate(self.model.layers):
             layer.self_attn = FusedPhiAttention(config, index)
+            if config.hidden_act == "gelu_new":  # the same function, in one pass over memory instead of six
+                layer.mlp.activation_fn = nn.GELU(approximate="tanh")
 
 
 # Keyed by class name, which transformers looks up before the model type: the native Phi is untouched.
