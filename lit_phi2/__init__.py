@@ -2,15 +2,27 @@
 
 The flow, which is also the order in which to read the rooms:
 
-    line of a file -> Record     data/records.py   read and checked; every fault as path:line
-    Record -> prompt             data/prompts.py   the one template, for fit, samples and predict
-    prompt -> Example            data/encode.py    token ids and labels
-    Examples -> Plan             data/plan.py      which examples share a row, a batch, an optimizer step
-    Example -> Row -> Batch      data/collate.py   tensors
-    Batch -> hidden states       model/phi2.py     Phi-2 with a fused Wqkv, adapted by model/lora.py
-    hidden states -> loss        model/loss.py     summed nats over supervised tokens
-    loss -> curves, adapter      model/module.py   the LightningModule; callbacks/ write what is kept
-    prompt -> answer             generation.py     greedy decoding
+    errors, files                errors.py, files.py    faults and their exit codes; files that survive a kill
+    name of a base -> folder     base.py                downloaded once, or yours; its tokenizer and identity
+    the values that travel       batch.py               Example, Row, Batch; the legend of axes
+    device -> compute dtype      devices.py             and why
+
+    line of a file -> Record     data/records.py        read and checked; every fault as path:line
+    Record -> prompt             data/prompts.py        the one template, for fit, samples and predict
+    prompt -> Example            data/encode.py         token ids and labels
+    Examples -> plan             data/plan.py           which examples share a row, a batch, an optimizer step
+    Example -> Row -> Batch      data/collate.py        tensors; data/datamodule.py arranges, data/report.py inspects
+
+    Batch -> hidden states       model/phi2.py          Phi-2 with a fused Wqkv, adapted by model/lora.py
+    hidden states -> loss        model/loss.py          summed nats over supervised tokens
+    prompt -> answer             generation.py          greedy decoding
+    loss -> optimizer step       model/module.py        the LightningModule
+    what is shown and kept       callbacks/             samples, predictions, checkpoints, throughput
+
+    a run on disk                runs.py                folders, and which checkpoint a name means
+    subcommands                  trainer.py, cli.py     where data and model meet
+
+Imports point upwards in this list only. `data/` and `model/` do not know each other.
 
 Nothing is sent anywhere: the only download is the base or the dataset that a config names.
 """

@@ -123,6 +123,10 @@ def _check_is_phi(name: str, folder: Path) -> None:
         raise InputError(f"model.base: {name!r} is a {model_type!r} model; expected 'phi', as Phi-2 is.")
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"model.base: {folder} holds no *.safetensors file; other formats are not read.")
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
+    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        raise InputError(f"model.base: {folder} lacks {missing[0]}; was a download cut off? Get it anew.")
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"model.base: {folder} has no tokenizer.json.")
 

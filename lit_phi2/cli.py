@@ -44,6 +44,9 @@ TRAINER_DEFAULTS = {
 }
 
 
+MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
@@ -141,6 +144,7 @@ class CLI(LightningCLI):
         chosen = self.config[self.config.subcommand]
         if not 0 <= chosen.seed_everything < 2**32:
             raise InputError(f"seed_everything: {chosen.seed_everything} is not between 0 and {2**32 - 1}.")
+        self.run_is_named = chosen.run_name is not None or bool(configs)
         if chosen.run_name is None:
             chosen.run_name = Path(configs[-1]).stem if configs else "run"
 
@@ -150,10 +154,24 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         _check_trainer_settings(config.trainer)
+        config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir).expanduser())
+        if Path(config.run_name).name != config.run_name or config.run_name in ("", ".", ".."):
+            raise InputError(f"run_name: {config.run_name!r} is no name for a folder; expected one without '/'.")
+        root = Path(config.trainer.default_root_dir)
+        if config.model.adapter:
+            if config.get("ckpt_path"):
+                raise InputError("model.adapter: has no effect beside --ckpt_path; leave one of them out.")
+            config.model.adapter = str(
+                find_checkpoint(config.model.adapter, root, config.run_name, flag="--model.adapter")
+            )
         name = config.get("ckpt_path")
         if not name:
             return
-        checkpoint = find_checkpoint(name, Path(config.trainer.default_root_dir), config.run_name)
+        if name in ("last", "best") and not self.run_is_named:
+            raise InputError(f"--ckpt_path {name}: of which run? Give --config or --run_name.")
+        prefer = "last" if self.subcommand == "fit" else "best"
+        checkpoint = find_checkpoint(name, root, config.run_name, prefer=prefer)
+        log.info("checkpoint: %s", checkpoint)
         config.ckpt_path = str(checkpoint)
         if self.subcommand in ("validate", "test", "predict"):
             self._follow(checkpoint)
@@ -161,11 +179,18 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand]
         given = self.config_init[self.subcommand].trainer
-        for callback in given.callbacks or []:
+        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        for callback in callbacks:
             if isinstance(callback, Checkpoint):
                 raise InputError(
                     f"trainer.callbacks: {type(callback).__name__} has no place here; every run keeps the last and the "
                     "best checkpoint itself (trainer.enable_checkpointing: false keeps none)."
+                )
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in MONITORED:
+                raise InputError(
+                    f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}, which is not measured."
+                    f"{_nearest(monitor.replace('_', '/', 1), MONITORED)} There are {', '.join(MONITORED)}."
                 )
         ours = given.logger in (None, True)
         # Trainer adds our own logger, checkpoints and progress when it knows the run's folder.
@@ -174,9 +199,14 @@ class CLI(LightningCLI):
             settings["logger"] = False
         try:
             trainer = super().instantiate_trainer(**settings)
-        except (TypeError, ValueError) as error:  # Lightning's own checks of accelerator, devices, strategy ...
+        except (TypeError, ValueError, RuntimeError, ImportError) as error:  # Lightning's own checks
             raise InputError(f"trainer: {error}") from error
         assert isinstance(trainer, Trainer)
+        if trainer.world_size > 1:
+            raise InputError(
+                f"trainer.devices: {trainer.world_size} processes were chosen, but runs of several are not ready yet; "
+                "use --trainer.devices 1."
+            )
         trainer.run_name = config.run_name
         trainer.run_config = self._run_config()
         trainer.wants_tensorboard = ours
@@ -278,6 +308,10 @@ def _plain(message: str, known: Sequence[str]) -> str:
     message = re.sub(r"(a )?<class '([\w.]+)'>", r"\2", message).replace("NoneType", "null")
     union = r"Does not validate[^\[]*\[(.*)\](?s:.*?)Given value: "
     message = re.sub(union, r"Expected one of \1. Got value: ", message)
+    if match := re.search(r"unrecognized arguments: (\S+\.ya?ml)", message):
+        return f"{message}. Did you mean --config {match[1]}?"
+    if re.search(r"unrecognized arguments: [^-]", message):
+        return f"{message}. Several values of one key are given as a list: '[a, b]'."
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
         return f"{message}.{_nearest(match[1], known)}"
     return message
@@ -317,6 +351,11 @@ def _check_trainer_settings(trainer: Any) -> None:
         )
     if trainer.use_distributed_sampler:
         raise InputError("trainer.use_distributed_sampler: must be false; the plan deals records to processes itself.")
+    if trainer.num_sanity_val_steps not in (-1, 0):
+        raise InputError(
+            "trainer.num_sanity_val_steps: must be -1, so that every curve starts at the base measured on all of "
+            "val_files, or 0, to leave that out."
+        )
     if trainer.reload_dataloaders_every_n_epochs:
         raise InputError(
             "trainer.reload_dataloaders_every_n_epochs: must be 0; the plan makes every epoch anew itself."
@@ -350,6 +389,9 @@ def _quiet_dependencies() -> None:
     ours.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(
+        logging.INFO
+    )  # who sets trainer.profiler wants its report
     warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|jsonargparse)\b")
     from transformers.utils import logging as transformers_logging
 

@@ -13,6 +13,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -62,28 +63,37 @@ class Trainer(pl.Trainer):
             datamodule: from the config.
             ckpt_path: continue this run: a .ckpt, a run folder, or `last` of the newest run.
         """
+        resumed = self._read_resumed(ckpt_path)
         self._check("fit", model, datamodule)
+        total_steps = model.total_steps()
+        if resumed is not None:
+            model.check_same_run(resumed)
         self._warn_about_mixed_data(datamodule)
         throughput = Throughput()
         self.callbacks.insert(0, throughput)
         self._show_progress(throughput)
+        if not self.wants_checkpoints or self.fast_dev_run:
+            self.callbacks.append(DefaultSignals())
         if self.fast_dev_run:
             super().fit(model, datamodule=datamodule)
             return
-        folder = run_folder(Path(ckpt_path)) if ckpt_path else self._open_run(datamodule)
+        folder = run_folder(Path(ckpt_path)) if ckpt_path else self._open_run()
         log.info("run folder: %s", folder)
+        self._keep_left_out(datamodule, folder)
         if self.wants_tensorboard:
             # purge_step: curves written after the checkpoint by a run that was killed are not shown twice
-            purge_step = _steps_in(Path(ckpt_path)) + 1 if ckpt_path else None
+            purge_step = resumed["global_step"] + 1 if resumed else None
             self.loggers = [EventLog(folder, name="", version="", default_hp_metric=False, purge_step=purge_step)]
         self.callbacks.append(SampleWriter(folder))
         if self.wants_checkpoints:
             self.callbacks.append(AdapterCheckpoint(folder))
         else:
             log.warning("trainer.enable_checkpointing is false: no checkpoint and no adapter will be kept")
-        if ckpt_path:
+        if resumed:
             self.num_sanity_val_steps = 0  # the base's point of the curves is there already
         super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        if self.global_step < total_steps:
+            log.info("stopped early, after step %d of %d", self.global_step, total_steps)
         if self.wants_checkpoints:
             log.info("adapter: %s", folder / "adapter")
 
@@ -96,6 +106,7 @@ class Trainer(pl.Trainer):
             ckpt_path: whose adapter to measure: a .ckpt, an adapter or run folder, `last` or `best`; the base without.
         """
         self._evaluate("validate", model, datamodule)
+        self._keep_left_out(datamodule, self.folder_of(ckpt_path))
         super().validate(model, datamodule=datamodule, verbose=False)
         self._print_metrics()
 
@@ -108,6 +119,7 @@ class Trainer(pl.Trainer):
             ckpt_path: whose adapter to measure: a .ckpt, an adapter or run folder, `last` or `best`; the base without.
         """
         self._evaluate("test", model, datamodule)
+        self._keep_left_out(datamodule, self.folder_of(ckpt_path))
         super().test(model, datamodule=datamodule, verbose=False)
         self._print_metrics()
 
@@ -126,14 +138,22 @@ class Trainer(pl.Trainer):
             ckpt_path: whose adapter answers: a .ckpt, an adapter or run folder, `last` or `best`; the base without.
             output: the file to write; predictions.jsonl in the folder of the run without.
         """
-        self._evaluate("predict", model, datamodule)
         file = Path(output) if output else self.folder_of(ckpt_path) / "predictions.jsonl"
+        if file.is_dir() or any(parent.is_file() for parent in file.parents):
+            raise InputError(f"--output {file}: cannot be written; it is a folder, or lies below a file.")
+        self._evaluate("predict", model, datamodule)
+        self._keep_left_out(datamodule, file.parent)
         writer = PredictionWriter(file)
         self.callbacks.append(writer)
         super().predict(model, datamodule=datamodule, return_predictions=False)
-        split = datamodule.splits["predict"]
-        log.info("%d of %d records answered: %s", len(writer.answers), len(split.examples), file)
-        self._keep_left_out(datamodule, file.parent)
+        cut = sum(answer.finish_reason == "length" for answer in writer.answers.values())
+        log.info(
+            "%d of %d records answered, %d of them cut at max_new_tokens: %s",
+            len(writer.answers),
+            len(datamodule.splits["predict"].examples),
+            cut,
+            file,
+        )
 
     def inspect(self, model: LitPhi2, datamodule: ClaimsDataModule) -> None:
         """Print the training and validation data in figures, and one example; no model is loaded.
@@ -163,17 +183,31 @@ class Trainer(pl.Trainer):
 
     def _check(self, stage: str, model: LitPhi2, datamodule: ClaimsDataModule) -> None:
         """First of all: a fault in model or data costs no loading and leaves no folder."""
-        datamodule.trainer = self
+        self.datamodule = datamodule
+        datamodule.trainer = model.trainer = self
         model.check()
         datamodule.setup(stage)
+        for use, split in datamodule.splits.items():
+            if trimmed := sum(example.trimmed for example in split.examples):
+                log.warning("data.%s_files: the input of %d records was shortened to make them fit", use, trimmed)
 
     def _evaluate(self, stage: str, model: LitPhi2, datamodule: ClaimsDataModule) -> None:
         self._check(stage, model, datamodule)
-        for use, split in datamodule.splits.items():
-            if split.left_out:
-                log.warning("data.%s_files: %d records left out", use, len(split.left_out))
         self._show_progress(Throughput())
         self.callbacks.append(DefaultSignals())
+
+    def _read_resumed(self, ckpt_path: str | None) -> dict[str, Any] | None:
+        """The checkpoint that fit continues from."""
+        if ckpt_path is None:
+            return None
+        if self.fast_dev_run:
+            raise InputError("trainer.fast_dev_run: tries a new run and continues none; leave out --ckpt_path.")
+        if Path(ckpt_path).is_dir():
+            raise InputError(
+                f"--ckpt_path {ckpt_path}: an adapter holds no optimizer to continue with. Give the run's last.ckpt, "
+                "or start from these weights with --model.adapter."
+            )
+        return read_checkpoint(Path(ckpt_path))[1]
 
     def _print_metrics(self) -> None:
         """Each metric on a line of its own: name and value."""
@@ -184,23 +218,27 @@ class Trainer(pl.Trainer):
         if self.wants_progress:
             self.callbacks.append(ProgressBar(throughput) if sys.stderr.isatty() else ProgressLines(throughput))
 
-    def _open_run(self, datamodule: ClaimsDataModule) -> Path:
+    def _open_run(self) -> Path:
         folder = open_run(Path(self.default_root_dir), self.run_name)
         replace_file(folder / "config.yaml", lambda path: path.write_text(self.run_config, "utf-8"))
-        self._keep_left_out(datamodule, folder)
         return folder
 
     def _keep_left_out(self, datamodule: ClaimsDataModule, folder: Path) -> None:
-        """Write records that were left out to rejected.jsonl, with their place and reason."""
-        lines = [
-            json.dumps({"files": use, "place": fault.place, "fault": fault.message, "record": fault.raw}) + "\n"
+        """Write records that were left out to rejected.jsonl, with place and reason; keep those of others."""
+        file = folder / "rejected.jsonl"
+        rows = [
+            {"files": use, "place": fault.place, "fault": fault.message, "record": fault.raw}
             for use, split in datamodule.splits.items()
             for fault in split.left_out
         ]
-        if lines:
-            file = folder / "rejected.jsonl"
-            replace_file(file, lambda path: path.write_text("".join(lines), "utf-8"))
-            log.warning("%d records left out, each with its reason: %s", len(lines), file)
+        if not rows:
+            return
+        log.warning("records left out: %d, each with its reason in %s", len(rows), file)
+        if file.is_file():
+            earlier = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+            rows = [row for row in earlier if row["files"] not in datamodule.splits] + rows
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        replace_file(file, lambda path: path.write_text("".join(lines), "utf-8"))
 
     def _warn_about_mixed_data(self, datamodule: ClaimsDataModule) -> None:
         if datamodule.files["val"] == "claims:validation" and datamodule.files["train"] != "claims:train":
@@ -211,12 +249,12 @@ class Trainer(pl.Trainer):
 
 
 class DefaultSignals(Callback):
-    """SIGTERM ends validate, test and predict, as it should; Lightning notes it there and goes on."""
+    """SIGTERM ends at once what has no checkpoint to write; Lightning would note it and go on."""
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    on_test_start = on_predict_start = on_validation_start
+    on_train_start = on_test_start = on_predict_start = on_validation_start
 
 
 class EventLog(TensorBoardLogger):
@@ -224,13 +262,3 @@ class EventLog(TensorBoardLogger):
 
     def save(self) -> None:
         self.experiment.flush()
-
-
-def _steps_in(checkpoint: Path) -> int:
-    if checkpoint.is_dir():
-        raise InputError(
-            f"--ckpt_path {checkpoint}: an adapter holds no optimizer to continue with. Give the run's last.ckpt, or "
-            "start from these weights with --model.adapter."
-        )
-    steps: int = read_checkpoint(checkpoint)[1]["global_step"]
-    return steps

@@ -267,3 +267,36 @@ def test_a_traceback_is_there_for_those_who_ask(fit: Fit, monkeypatch: pytest.Mo
     monkeypatch.setenv("LIT_PHI2_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no such file"):
         fit("--data.train_files", "nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--data.input_field", "contxt"], "data.input_field: no record has a field 'contxt'"),
+        (
+            ["--data.val_fraction", "0.3", "--data.val_files", "claims:validation"],
+            "data.val_fraction: 0.3 has no effect",
+        ),
+        (["--model.weight_decay", "-1"], "model.weight_decay"),
+        (["--model.lora_alpha", "0"], "model.lora_alpha"),
+        (["--run_name", "../elsewhere"], "run_name: '../elsewhere' is no name for a folder"),
+        (["--trainer.num_sanity_val_steps", "1"], "trainer.num_sanity_val_steps: must be -1"),
+        (["--trainer.devices", "2"], "trainer.devices: 2 processes were chosen"),
+        (["--model.adapter", "nowhere"], "--model.adapter nowhere: does not exist"),
+        (["--ckpt_path", "last"], "--ckpt_path last: no run of"),
+        (
+            ["--trainer.callbacks", '{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}'],
+            "EarlyStopping monitors 'val_loss', which is not measured. Did you mean 'val/loss'?",
+        ),
+        (["more.yaml"], "Did you mean --config more.yaml?"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_or_fail_late_is_refused_at_once(
+    arguments: list[str], told: str, native_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ["--trainer.default_root_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--config", str(TINY_CONFIG), "--model.base", str(native_folder), *root, *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert told in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "runs").exists()

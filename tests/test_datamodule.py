@@ -383,7 +383,6 @@ def test_predict_needs_no_response_and_keeps_one_that_is_given(claims: Claims) -
     assert split.supervised == [0, 0]
     assert data.tokenizer is not None
     assert data.tokenizer.decode(split.examples[1].ids) == "### Instruction:\nHow?\n\n### Response:\n"
-    assert data.prompt_of("predict", 1) == "### Instruction:\nHow?\n\n### Response:\n"
 
 
 def test_predict_batches_name_every_prompt_by_its_place_in_the_input(claims: Claims) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lit_phi2.errors import NonFiniteError
+from lit_phi2.callbacks import SampleWriter
+from lit_phi2.errors import InputError, NonFiniteError
 from lit_phi2.model.lora import read_adapter, trained_parameters
 from lit_phi2.model.module import LitPhi2, warmup_then_cosine
 from runs import Gradients, new_data, new_module, new_trainer, weights_of
@@ -106,17 +107,17 @@ def test_gradients_are_clipped_to_the_configured_norm(native_folder: Path, train
 
 
 def test_a_run_with_and_without_samples_ends_in_the_same_weights(
-    native_folder: Path, train_file: Path, tmp_path: Path
+    native_folder: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, with dropout on: samples change no mode, no cache flag and no random stream."""
     ends = []
-    for keep in (True, False):
+    for samples in (True, False):
+        if not samples:
+            monkeypatch.setattr(SampleWriter, "on_validation_end", lambda self, trainer, pl_module: None)
         module = new_module(native_folder, dropout=True, lora_dropout=0.2)
-        new_trainer(tmp_path, keep=keep, max_epochs=2, num_sanity_val_steps=-1 if keep else 0).fit(
-            module, new_data(native_folder, train_file)
-        )
+        new_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=-1).fit(module, new_data(native_folder, train_file))
         ends.append(weights_of(module))
-    assert (tmp_path / "run" / "version_0" / "samples.jsonl").is_file()
+        assert (tmp_path / "run" / f"version_{1 - samples:d}" / "samples.jsonl").is_file() == samples
     for name, weight in ends[0].items():
         assert torch.equal(weight, ends[1][name]), name
 
@@ -289,3 +290,66 @@ def test_an_adapter_can_be_started_from(native_folder: Path, train_file: Path, t
         second = LitPhi2(base=str(native_folder), adapter=str(source), dtype="float32", lora_r=4, lora_alpha=8)
         second.configure_model()
         assert all(torch.equal(weight, weights_of(first)[name]) for name, weight in weights_of(second).items())
+
+
+@pytest.mark.parametrize("settings", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}])
+def test_a_run_that_ends_inside_an_epoch_without_a_validation_keeps_its_last_step(
+    settings: dict[str, Any], native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    module = new_module(native_folder)
+    data = new_data(native_folder, train_file, packing=False)
+    new_trainer(tmp_path, keep=True, max_steps=15, max_epochs=-1, **settings).fit(module, data)
+    folder = tmp_path / "run" / "version_0"
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 15
+    exported = read_adapter(folder / "adapter").weights
+    assert all(torch.equal(weight, exported[name]) for name, weight in weights_of(module).items())
+
+
+def test_a_validation_inside_a_window_waits_for_its_end_and_cannot_be_the_best(
+    native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    """Windows of 4 batches, a validation every 6: the second and the last of twelve fall on a window's end."""
+    module = new_module(native_folder)
+    data = new_data(native_folder, train_file, packing=False)
+    saved: list[tuple[int, int]] = []
+    trainer = new_trainer(tmp_path, keep=True, max_epochs=2, accumulate_grad_batches=4, val_check_interval=6)
+    save = trainer.save_checkpoint
+    trainer.save_checkpoint = lambda path, **kwargs: (  # type: ignore[method-assign]
+        saved.append((trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.global_step)),
+        save(path, **kwargs),
+    )
+    trainer.fit(module, data)
+    assert [ready for ready, _ in saved] == [8, 12, 8, 12]
+    best = torch.load(tmp_path / "run" / "version_0" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] in (3, 6)
+
+
+def test_a_validation_that_is_not_finite_in_part_is_not_finite(
+    native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    """torchmetrics leaves NaNs out of a mean by default, and a broken model would look like the best."""
+    module = new_module(native_folder)
+    loss = module.loss
+    poison = iter([math.nan])
+    module.loss = lambda batch: (found := loss(batch))._replace(nats=found.nats * next(poison, 1.0))  # type: ignore[method-assign]
+    trainer = new_trainer(tmp_path)
+    trainer.validate(module, new_data(native_folder, train_file, packing=False))
+    assert math.isnan(trainer.callback_metrics["val/loss"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"max_steps": 0}, "leave nothing to train"),
+        ({"max_epochs": -1}, "one must be set"),
+        ({"limit_train_batches": 0.01}, "leave nothing to train"),
+    ],
+)
+def test_limits_that_train_nothing_are_refused_before_a_folder_is_opened(
+    settings: dict[str, Any], told: str, native_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=told):
+        new_trainer(tmp_path, keep=True, **settings).fit(
+            new_module(native_folder), new_data(native_folder, train_file, packing=False)
+        )
+    assert not (tmp_path / "run").exists()

@@ -114,8 +114,8 @@ def test_figures_cover_every_token_of_every_reference(
     data = new_data(native_folder, train_file, test_files=str(train_file))
     module = new_module(native_folder)
     weights: list[float] = []
-    update = module.mean_loss.update
-    module.mean_loss.update = lambda value, weight: weights.append(float(weight)) or update(value, weight)
+    update = module.sums["tokens"].update
+    module.sums["tokens"].update = lambda value: weights.append(float(value)) or update(value)
     new_trainer(tmp_path).test(module, data)
     references = [data.tokenizer(record["response"])["input_ids"] for record in some_records]
     assert sum(weights) == sum(len(reference) + 1 for reference in references)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PhiConfig, PhiForCausalLM
 
 from lit_phi2.base import Base, find_base, load_tokenizer
@@ -45,7 +46,7 @@ def test_the_linear_layers_of_a_block_are_known_without_loading(base: Base) -> N
 def test_grouped_keys_are_refused(native_folder: Path) -> None:
     config = PhiConfig.from_pretrained(native_folder)
     config.num_key_value_heads = 2
-    with pytest.raises(ValueError, match="as many key as query heads"):
+    with pytest.raises(InputError, match="as many key as query heads"):
         FusedPhiForCausalLM(config)
 
 
@@ -89,4 +90,29 @@ def test_a_folder_that_is_no_phi_is_refused_with_what_it_lacks(
         (tmp_path / path.name).write_bytes(path.read_bytes())
     spoil(tmp_path)
     with pytest.raises(InputError, match=told):
+        find_base(str(tmp_path))
+
+
+def test_a_gap_in_the_weights_is_refused_and_not_filled_with_random_numbers(
+    native_folder: Path, tmp_path: Path
+) -> None:
+    for path in native_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.fc1.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"missing keys, the first of 1 is model\.layers\.1\.mlp\.fc1\.weight"):
+        load_phi2(find_base(str(tmp_path)), torch.float32)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_phi2(find_base(str(tmp_path)), torch.float32)
+
+
+def test_a_missing_shard_is_named(native_folder: Path, tmp_path: Path) -> None:
+    PhiForCausalLM.from_pretrained(native_folder).save_pretrained(tmp_path, max_shard_size="300KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((native_folder / name).read_bytes())
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(InputError, match=f"lacks {shard.name}"):
         find_base(str(tmp_path))

@@ -21,12 +21,13 @@ def test_runs_opened_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in folders) == sorted(f"version_{number}" for number in range(40))
 
 
-def test_last_and_best_are_those_of_the_newest_run_that_has_them(tmp_path: Path) -> None:
-    for version in (2, 10):  # 10 is newer than 9, though not by the alphabet
+def test_last_and_best_are_those_of_the_newest_run(tmp_path: Path) -> None:
+    for version in (9, 10):  # 10 is newer than 9, though not by the alphabet
         put(tmp_path / "tiny" / f"version_{version}" / "checkpoints" / "last.ckpt")
-    best = put(tmp_path / "tiny" / "version_2" / "checkpoints" / "best.ckpt")
+    put(tmp_path / "tiny" / "version_9" / "checkpoints" / "best.ckpt")
     assert find_checkpoint("last", tmp_path, "tiny").parent.parent.name == "version_10"
-    assert find_checkpoint("best", tmp_path, "tiny") == best
+    with pytest.raises(InputError, match=r"the newest run, .*version_10, has no best\.ckpt"):
+        find_checkpoint("best", tmp_path, "tiny")  # that of an older run would be another run's, unasked
     assert open_run(tmp_path, "tiny").name == "version_11"
 
 
@@ -37,6 +38,7 @@ def test_a_checkpoint_is_a_file_an_adapter_or_the_best_of_a_run(tmp_path: Path) 
     adapter = put(run / "adapter" / "adapter_config.json").parent
     assert find_checkpoint(str(last), tmp_path, "x") == last
     assert find_checkpoint(str(run), tmp_path, "x") == best
+    assert find_checkpoint(str(run), tmp_path, "x", prefer="last") == last, "fit continues where it stopped"
     assert find_checkpoint(str(adapter), tmp_path, "x") == adapter
     assert run_folder(last) == run_folder(adapter) == run
     elsewhere = put(tmp_path / "elsewhere" / "mine" / "adapter_config.json").parent

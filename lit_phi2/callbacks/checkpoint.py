@@ -1,7 +1,7 @@
 """Checkpoints: last.ckpt and the best by val/loss, written at the end of an optimizer step's window and nowhere else.
 
     checkpoints/last.ckpt    after every validation, every epoch, and when the run is asked to stop
-    checkpoints/best.ckpt    the one with the lowest val/loss
+    checkpoints/best.ckpt    the one with the lowest val/loss, measured on just these weights
     adapter/                 the best, in PEFT form, at the end of fit
 
 Inside a window the gradients gathered so far would be lost, so whatever asks for a checkpoint or for a stop there (a
@@ -72,21 +72,24 @@ class AdapterCheckpoint(Checkpoint):
             trainer.should_stop = True
         if _epoch_ended(trainer):
             return  # written in on_train_epoch_end, once the loops have counted the epoch
-        if self._write_at_window_end or self._signal or trainer.should_stop:
+        # The module stops a run at max_steps, but its hook comes after this one.
+        stopping = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+        if self._write_at_window_end or self._signal or stopping:
             self._write(trainer)
         self._stop_if_asked()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        if _inside_window(trainer):  # what is written at its end has other weights, so it cannot be the best
+            self._write_at_window_end = True
+            self._postpone_stop(trainer)
+            return
         loss = float(trainer.callback_metrics.get("val/loss", math.nan))
         if loss < self.best_loss:
             self.best_loss = loss
             self._is_best = True
-        if _inside_window(trainer):
-            self._write_at_window_end = True
-            self._postpone_stop(trainer)
-        elif not _epoch_ended(trainer):
+        if not _epoch_ended(trainer):
             self._write(trainer)
             self._stop_if_asked()
 

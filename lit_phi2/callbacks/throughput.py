@@ -25,6 +25,7 @@ class Throughput(Callback):
         self.supervised = 0
         self.step = 0
         self.window_began = 0.0
+        self.paused_at: float | None = None
         self.trained_seconds = 0.0
         self.trained_steps = 0
         self.tokens_per_second = 0.0
@@ -32,12 +33,17 @@ class Throughput(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = trainer.global_step
         self.window_began = time.monotonic()
+        self.paused_at = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.validation_began = time.monotonic()
+        self.paused_at = time.monotonic()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.window_began += time.monotonic() - self.validation_began
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.paused_at is not None:  # the pause holds the validation, its samples and its checkpoint
+            self.window_began += time.monotonic() - self.paused_at
+            self.paused_at = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int

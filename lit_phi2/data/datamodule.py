@@ -234,11 +234,6 @@ class ClaimsDataModule(LightningDataModule):
             "number of processes": shape.world_size,
         }
 
-    def prompt_of(self, use: str, index: int) -> str:
-        """The prompt of an example as text."""
-        record = self.splits[use].records[index]
-        return format_prompt(record.instruction, record.input)
-
     def _check_arguments(self) -> None:
         if self.on_bad_record not in ("error", "skip"):
             raise InputError(f"data.on_bad_record: {self.on_bad_record!r} is unknown; expected 'error' or 'skip'.")

@@ -78,6 +78,7 @@ def read_records(sources: Sequence[str], fields: Fields, *, needs_response: bool
     records: list[Record] = []
     faults: list[Fault] = []
     seen: dict[str, str] = {}  # id -> place
+    names: set[str] = set()  # of fields
     for source, label in zip(sources, _labels(sources), strict=True):
         found_any = False
         for line, row in _read_rows(source, fields, needs_response):
@@ -89,8 +90,14 @@ def read_records(sources: Sequence[str], fields: Fields, *, needs_response: bool
             elif isinstance(checked, Record):
                 seen[checked.id] = place
             records.append(checked) if isinstance(checked, Record) else faults.append(checked)
+            if isinstance(row, dict):
+                names.update(row)
         if not found_any:
             raise InputError(f"{source}: is empty; expected at least one record.")
+    for name in ("input", "id"):  # absent where nobody named them, a typo where somebody did
+        field = getattr(fields, name)
+        if field != name and field not in names:
+            raise InputError(f"data.{name}_field: no record has a field {field!r}; there are {_listed(sorted(names))}.")
     return records, faults
 
 

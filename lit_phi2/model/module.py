@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from lit_phi2.base import find_base, load_tokenizer
 from lit_phi2.batch import Batch, PromptBatch
@@ -28,6 +27,7 @@ from lit_phi2.generation import Answer, generate
 from lit_phi2.model.lora import (
     Adapter,
     LoraShape,
+    PeftModel,
     adapter_to_state,
     adapter_weights,
     add_lora,
@@ -91,8 +91,9 @@ class LitPhi2(LightningModule):
         self.strict_loading = False  # the base is not in a checkpoint; load_weights checks what is
         self.phi: PeftModel | None = None
         self.end_token = -1
-        self.mean_loss = MeanMetric()  # weighted by tokens; validation and test never run at once
-        self.mean_accuracy = MeanMetric()
+        # Validation and test never run at once and share their sums. A NaN counts: by default it would be left out.
+        # (MeanMetric with NaNs counted forgets its weights in torchmetrics 1.9, hence sums.)
+        self.sums = nn.ModuleDict({name: SumMetric(nan_strategy="disable") for name in Loss._fields})
         self._window_nats: list[Tensor] = []
         self._window_tokens: list[Tensor] = []
         self._window_records: list[str] = []
@@ -239,12 +240,16 @@ class LitPhi2(LightningModule):
         # The datamodule of `data/`; the two meet in cli.py and share only this number.
         steps_per_epoch: int = self.trainer.datamodule.steps_per_epoch()
         limits = []
-        if (self.trainer.max_epochs or -1) > 0:
+        if self.trainer.max_epochs not in (None, -1):
             limits.append(steps_per_epoch * self.trainer.max_epochs)
-        if self.trainer.max_steps > 0:
+        if self.trainer.max_steps != -1:
             limits.append(self.trainer.max_steps)
         if not limits:
-            raise InputError("trainer.max_epochs and trainer.max_steps are both endless; the schedule needs one.")
+            raise InputError("trainer.max_epochs and trainer.max_steps: one must be set; the schedule needs an end.")
+        if min(limits) == 0:
+            raise InputError(
+                "trainer: max_epochs, max_steps and limit_train_batches leave nothing to train; each must leave some."
+            )
         return min(limits)
 
     # Evaluation and prediction
@@ -269,15 +274,14 @@ class LitPhi2(LightningModule):
         return generate(self.fused_phi, prompts, end_token=self.end_token, max_new_tokens=self.max_new_tokens)
 
     def _evaluate(self, batch: Batch) -> None:
-        loss = self.loss(batch)
-        if loss.tokens:
-            self.mean_loss.update(loss.nats / loss.tokens, weight=loss.tokens)
-            self.mean_accuracy.update(loss.correct / loss.tokens, weight=loss.tokens)
+        for name, value in self.loss(batch)._asdict().items():
+            self.sums[name](value)
 
     def _report(self, stage: str) -> None:
-        loss, accuracy = self.mean_loss.compute(), self.mean_accuracy.compute()
-        self.mean_loss.reset()
-        self.mean_accuracy.reset()
+        total = Loss(*(self.sums[name].compute() for name in Loss._fields))  # type: ignore[operator]  # of a Module
+        for metric in self.sums.values():
+            metric.reset()  # type: ignore[operator]
+        loss, accuracy = total.nats / total.tokens, total.correct / total.tokens
         curves = {f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp(), f"{stage}/token_accuracy": accuracy}
         self.log_dict(curves, logger=False)  # for checkpoints and early stopping
         if self.trainer.state.fn == "fit":
@@ -293,12 +297,16 @@ class LitPhi2(LightningModule):
         checkpoint["lit_phi2"] = {**adapter_to_state(adapter), "run": self.run_identity()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the same run.
+        assert self.phi is not None
+        load_weights(self.phi, checkpoint["state_dict"], source="--ckpt_path")
+        checkpoint["state_dict"] = {}  # Lightning has nothing left to load
+
+    def check_same_run(self, checkpoint: dict[str, Any]) -> None:
+        """Hold the settings against those that a checkpoint was written under.
 
         Raises:
-            InputError: something that decides the run is not what it was.
+            InputError: something that decides the run is not what it was; names all of it, with both values.
         """
-        assert self.phi is not None
         saved, now = checkpoint["lit_phi2"]["run"], self.run_identity()
         if changed := [key for key in now if saved.get(key) != now[key]]:
             lines = [f"{key}: {saved.get(key)} in the checkpoint, {now[key]} now" for key in changed]
@@ -307,8 +315,6 @@ class LitPhi2(LightningModule):
                 + "\n".join(lines)
                 + "\nTo go on from its weights under other settings, use --model.adapter CKPT; that starts at step 0."
             )
-        load_weights(self.phi, checkpoint["state_dict"], source="--ckpt_path")
-        checkpoint["state_dict"] = {}
 
     def run_identity(self) -> dict[str, Any]:
         """What must stay the same for a resumed run to be the same run."""
@@ -321,7 +327,7 @@ class LitPhi2(LightningModule):
             "model.learning_rate": self.learning_rate,
             "model.weight_decay": self.weight_decay,
             "model.warmup_ratio": self.warmup_ratio,
-            "compute dtype": str(self.fused_phi.dtype),
+            "compute dtype": str(choose_dtype(self.compute_dtype, self.trainer.strategy.root_device)[0]),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
             "optimizer steps": self.total_steps(),
             **self.trainer.datamodule.identity(),
@@ -331,7 +337,9 @@ class LitPhi2(LightningModule):
         check_dtype(self.compute_dtype)
         for name, value, least in (
             ("lora_r", self.shape.lora_r, 1),
+            ("lora_alpha", self.shape.lora_alpha, 1),
             ("max_new_tokens", self.max_new_tokens, 1),
+            ("weight_decay", self.weight_decay, 0),
         ):
             if value < least:
                 raise InputError(f"model.{name}: {value} is less than {least}.")

@@ -10,7 +10,10 @@ Rows of packed examples stay apart only with restarting positions, no attention 
 the one way in that keeps to this.
 """
 
+from typing import Any
+
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.cache_utils import Cache
@@ -20,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.phi.modeling_phi import PhiAttention, apply_rotary_pos_emb, eager_attention_forward
 
 from lit_phi2.base import Base
+from lit_phi2.errors import InputError
 
 
 class FusedPhiAttention(PhiAttention):
@@ -68,12 +72,15 @@ class FusedPhiForCausalLM(PhiForCausalLM):
     """transformers' Phi with FusedPhiAttention in every layer; reads checkpoints of the ordinary class.
 
     Raises:
-        ValueError: the config asks for grouped keys and values or for normed queries, which no Phi-2 has.
+        InputError: the config asks for grouped keys and values or for normed queries, which no Phi-2 has.
     """
 
     def __init__(self, config: PhiConfig) -> None:
         if config.num_key_value_heads != config.num_attention_heads or config.qk_layernorm:
-            raise ValueError("a fused Wqkv needs as many key as query heads, and no qk_layernorm, as in Phi-2")
+            raise InputError(
+                "model.base: a fused Wqkv needs as many key as query heads, and no qk_layernorm, as in Phi-2; this "
+                "config has other ones."
+            )
         super().__init__(config)
         for index, layer in enumerate(self.model.layers):
             layer.self_attn = FusedPhiAttention(config, index)
@@ -96,9 +103,27 @@ register_checkpoint_conversion_mapping(
 
 
 def load_phi2(base: Base, dtype: torch.dtype) -> FusedPhiForCausalLM:
-    """The base on the CPU, in eval mode, its weights in dtype; nothing is downloaded here."""
-    model = FusedPhiForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    assert isinstance(model, FusedPhiForCausalLM)
+    """The base on the CPU, in eval mode, its weights in dtype; nothing is downloaded here.
+
+    Raises:
+        InputError: a weight is missing, left over, of another shape, or its file is damaged.
+    """
+    try:
+        loaded: Any = FusedPhiForCausalLM.from_pretrained(
+            base.folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"model.base: the weights in {base.folder} cannot be read ({error}). Get them anew."
+        ) from error
+    model: FusedPhiForCausalLM
+    model, report = loaded
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report[kind]:  # transformers would fill a gap with random numbers and warn
+            raise InputError(
+                f"model.base: the weights in {base.folder} do not fit its config.json: {kind.replace('_', ' ')}, the "
+                f"first of {len(report[kind])} is {min(map(str, report[kind]))}. Get them anew."
+            )
     return model
 
 
