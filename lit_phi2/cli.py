@@ -22,6 +22,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from tqdm import tqdm
 
 from lit_phi2.base import find_base
 from lit_phi2.data.datamodule import ClaimsDataModule
@@ -379,9 +380,16 @@ def _packaged_configs() -> list[Path]:
     return sorted(next((folder for folder in folders if folder.is_dir()), package).glob("*.yaml"))
 
 
+class _BesideProgressBars(logging.Handler):
+    """Writes lines to stderr, each on a line of its own even while a progress bar is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _quiet_dependencies() -> None:
     """Our own lines go to stderr; tips, advertising and progress of dependencies go nowhere."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BesideProgressBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("lit_phi2")
     ours.handlers[:] = [handler]
