@@ -159,13 +159,12 @@ class CLI(LightningCLI):
         if Path(config.run_name).name != config.run_name or config.run_name in ("", ".", ".."):
             raise InputError(f"run_name: {config.run_name!r} is no name for a folder; expected one without '/'.")
         root = Path(config.trainer.default_root_dir)
-        if config.model.adapter:
-            if config.get("ckpt_path"):
-                raise InputError("model.adapter: has no effect beside --ckpt_path; leave one of them out.")
-            config.model.adapter = str(
-                find_checkpoint(config.model.adapter, root, config.run_name, flag="--model.adapter")
-            )
-        name = config.get("ckpt_path")
+        name, adapter = config.get("ckpt_path"), config.model.adapter
+        if name and adapter:  # a run that started from an adapter, and is now past it
+            log.info("model.adapter: %s is not read; --ckpt_path has the weights", adapter)
+            config.model.adapter = None
+        elif adapter:
+            config.model.adapter = str(find_checkpoint(adapter, root, config.run_name, flag="--model.adapter"))
         if not name:
             return
         if name in ("last", "best") and not self.run_is_named:

@@ -255,3 +255,21 @@ def test_a_signal_saves_says_how_to_continue_and_exits_with_its_code(
     assert "Traceback" not in errors
     assert "--ckpt_path runs/small/version_0/checkpoints/last.ckpt" in errors
     assert last()["global_step"] >= 12
+
+
+def test_a_run_that_started_from_an_adapter_is_resumed_and_measured_from_its_own_config(
+    fit: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.max_steps", "2") == 0
+    assert fit("--trainer.max_steps", "3", "--run_name", "second", "--model.adapter", "runs/small/version_0") == 0
+    config = "runs/second/version_0/config.yaml"
+    saved = yaml.safe_load(Path(config).read_text())
+    assert saved["model"]["adapter"] == "runs/small/version_0/checkpoints/best.ckpt"
+    first = last("runs/second/version_0")
+    assert main(["fit", "--config", config, "--ckpt_path", "last"]) == 0
+    assert all(
+        torch.equal(first["state_dict"][name], weight)
+        for name, weight in last("runs/second/version_0")["state_dict"].items()
+    )
+    assert main(["validate", "--config", config, "--ckpt_path", "best"]) == 0
+    assert "model.adapter: runs/small/version_0/checkpoints/best.ckpt is not read" in capsys.readouterr().err
