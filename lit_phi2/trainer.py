@@ -174,6 +174,8 @@ class Trainer(pl.Trainer):
             ckpt_path: a .ckpt, an adapter or run folder, `last` or `best`.
             output_dir: the folder to write.
         """
+        if Path(output_dir).is_file():
+            raise InputError(f"--output_dir {output_dir}: is a file; expected a folder, which may be new.")
         save_adapter(read_adapter(Path(ckpt_path)), Path(output_dir))
         log.info("adapter: %s", output_dir)
 

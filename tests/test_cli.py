@@ -170,6 +170,7 @@ def test_every_subcommand_runs_from_the_saved_config(
     assert main(["export", "--ckpt_path", "best", "--run_name", "small", "--output_dir", "out"]) == 0
     exported, kept = (Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("out", f"{run}/adapter"))
     assert exported == kept
+    assert main(["export", "--ckpt_path", run, "--output_dir", str(config)]) == 2
     assert main(["fit", "--config", str(config)]) == 0
     assert Path("runs/small/version_1/checkpoints/last.ckpt").is_file()
     first, second = last(), last("runs/small/version_1")
