@@ -17,7 +17,8 @@ The flow, which is also the order in which to read the rooms:
     hidden states -> loss        model/loss.py          summed nats over supervised tokens
     prompt -> answer             generation.py          greedy decoding
     loss -> optimizer step       model/module.py        the LightningModule
-    what is shown and kept       callbacks/             samples, predictions, checkpoints, throughput
+    what is shown and kept       callbacks/             samples, predictions, test answers, checkpoints, throughput
+    answers -> figures           quality.py             fact recall and more, beside baselines such as nearest.py
 
     a run on disk                runs.py                folders, and which checkpoint a name means
     subcommands                  trainer.py, cli.py     where data and model meet

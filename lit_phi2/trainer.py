@@ -1,7 +1,7 @@
 """Trainer: Lightning's, with a folder for every run and the subcommands inspect and export.
 
     fit         check the data -> open a folder -> base's validation -> steps -> best adapter in PEFT form
-    validate    metrics on val_files           test      metrics on test_files
+    validate    metrics on val_files           test      metrics on test_files, and its answers judged
     predict     predictions.jsonl              inspect   the data in figures, without a model
     export      a checkpoint's adapter in PEFT form
 
@@ -25,6 +25,7 @@ from lit_phi2.callbacks import (
     ProgressBar,
     ProgressLines,
     SampleWriter,
+    TestAnswers,
     Throughput,
 )
 from lit_phi2.data.datamodule import ClaimsDataModule
@@ -33,6 +34,7 @@ from lit_phi2.errors import InputError
 from lit_phi2.files import replace_file
 from lit_phi2.model.lora import read_adapter, read_checkpoint, save_adapter
 from lit_phi2.model.module import LitPhi2
+from lit_phi2.quality import Table, as_plain, compare, metric_name, table
 from lit_phi2.runs import open_run, run_folder
 
 log = logging.getLogger(__name__)
@@ -108,20 +110,46 @@ class Trainer(pl.Trainer):
         self._evaluate("validate", model, datamodule)
         self._keep_left_out(datamodule, self.folder_of(ckpt_path))
         super().validate(model, datamodule=datamodule, verbose=False)
-        self._print_metrics()
+        self._print_metrics({name: value.item() for name, value in self.callback_metrics.items()})
 
-    def test(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None = None) -> None:
-        """Measure loss, perplexity and token accuracy on test_files.
+    def test(
+        self,
+        model: LitPhi2,
+        datamodule: ClaimsDataModule,
+        ckpt_path: str | None = None,
+        answers: int | None = None,
+    ) -> None:
+        """Measure the loss on test_files, then answer the records and judge the answers, beside plain baselines.
 
         Args:
             model: from the config.
             datamodule: from the config.
             ckpt_path: whose adapter to measure: a .ckpt, an adapter or run folder, `last` or `best`; the base without.
+            answers: how many records to answer, from the first; all without, 0 for the loss alone.
         """
+        if answers is not None and answers < 0:
+            raise InputError(f"--answers {answers}: is less than 0; expected a number of records.")
+        file = self.folder_of(ckpt_path) / "test_metrics.json"
+        if file.is_dir() or any(parent.is_file() for parent in file.parents):  # now, and not when all is answered
+            raise InputError(f"{file}: cannot be written; it is a folder, or lies below a file.")
         self._evaluate("test", model, datamodule)
-        self._keep_left_out(datamodule, self.folder_of(ckpt_path))
+        self._keep_left_out(datamodule, file.parent)
+        adapted = ckpt_path is not None or model.adapter is not None
+        answered = TestAnswers(adapted=adapted, count=answers)
+        if answers != 0:
+            self.callbacks.append(answered)
         super().test(model, datamodule=datamodule, verbose=False)
-        self._print_metrics()
+        metrics = {name: value.item() for name, value in self.callback_metrics.items()}
+        columns = self._judge(answered, datamodule)
+        for name, interval in next(iter(columns.values()), {}).items():
+            if not name.startswith("category "):  # those are in the table and in the file
+                metrics[metric_name(name)] = interval.mean
+        self._print_metrics(metrics)
+        if columns:
+            print("\n" + table(columns))
+        written = metrics | {"answers": as_plain(columns)}
+        replace_file(file, lambda path: path.write_text(json.dumps(written, indent=2) + "\n", "utf-8"))
+        log.info("test metrics: %s", file)
 
     def predict(
         self,
@@ -211,10 +239,29 @@ class Trainer(pl.Trainer):
             )
         return read_checkpoint(Path(ckpt_path))[1]
 
-    def _print_metrics(self) -> None:
+    def _print_metrics(self, metrics: dict[str, float]) -> None:
         """Each metric on a line of its own: name and value."""
-        for name, value in self.callback_metrics.items():
+        for name, value in metrics.items():
             print(f"{name} {value:.6f}")
+
+    def _judge(self, answered: TestAnswers, datamodule: ClaimsDataModule) -> Table:
+        """Figures of what was answered, beside the baselines; empty where nothing was."""
+        if not answered.answers:
+            return {}
+        assert datamodule.tokenizer is not None
+        texts = {
+            name: (
+                datamodule.tokenizer.batch_decode([answer.ids for answer in answers]),
+                [answer.finish_reason == "stop" for answer in answers],
+            )
+            for name, answers in answered.answers.items()
+        }
+        try:
+            train = datamodule.training_records()
+        except InputError as error:
+            log.warning("the nearest training record is left out of the baselines: %s", error)
+            train = []
+        return compare(datamodule.splits["test"].records[: answered.count], texts, train)
 
     def _show_progress(self, throughput: Throughput) -> None:
         if self.wants_progress:

@@ -1,5 +1,6 @@
-"""What a run shows and keeps: samples, predictions, checkpoints, throughput."""
+"""What a run shows and keeps: samples, predictions, test answers, checkpoints, throughput."""
 
+from lit_phi2.callbacks.answers import TestAnswers
 from lit_phi2.callbacks.checkpoint import AdapterCheckpoint
 from lit_phi2.callbacks.predictions import PredictionWriter
 from lit_phi2.callbacks.samples import SampleWriter
@@ -11,5 +12,6 @@ __all__ = [
     "ProgressBar",
     "ProgressLines",
     "SampleWriter",
+    "TestAnswers",
     "Throughput",
 ]

@@ -181,11 +181,17 @@ class ClaimsDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> "Loader[PromptBatch, PromptBatch]":
-        examples = self.splits["predict"].examples
+        batches = self.prompt_batches("predict")
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        mine = batches[rank::world]
+        return Loader(lambda: mine, lambda batch: batch, len(mine))
+
+    def prompt_batches(self, use: str, count: int | None = None) -> list[PromptBatch]:
+        """The prompts of the first `count` examples, or of all, shortest first, so that a batch is padded little."""
+        prompts = [example.ids[: example.prompt_length] for example in self.splits[use].examples[:count]]
         batches: list[PromptBatch] = []
-        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
-        for index in by_length:  # lengths rise, so the newest prompt is the longest of its batch
-            prompt = examples[index].ids
+        for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+            prompt = prompts[index]  # lengths rise, so the newest prompt is the longest of its batch
             full = batches and (
                 len(batches[-1].prompts) == _PREDICT_PROMPTS
                 or (len(batches[-1].prompts) + 1) * (len(prompt) + self.max_new_tokens) > _PREDICT_TOKENS
@@ -194,9 +200,18 @@ class ClaimsDataModule(LightningDataModule):
                 batches.append(PromptBatch([], []))
             batches[-1].indices.append(index)
             batches[-1].prompts.append(prompt)
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        mine = batches[rank::world]
-        return Loader(lambda: mine, lambda batch: batch, len(mine))
+        return batches
+
+    def training_records(self) -> list[Record]:
+        """The records of train_files, as text: the test's baseline looks an answer up in them.
+
+        Raises:
+            InputError: a source cannot be read, or none of its records.
+        """
+        sources, records, faults = self._read("train")
+        if not records:
+            raise InputError(f"{', '.join(sources)}: none of the records can be used. The first: {faults[0]}")
+        return records
 
     def shape(self) -> Shape:
         """How the Trainer's settings and ours cut a training epoch."""
@@ -253,7 +268,7 @@ class ClaimsDataModule(LightningDataModule):
         sources = [files] if isinstance(files, str) else list(files or [])
         if not sources or not all(sources):
             raise InputError(f"data.{use}_files: is empty; expected a path or a list of paths.")
-        records, faults = read_records(sources, self.fields, needs_response=use != "predict")
+        records, faults = read_records(sources, self.fields, needs_response=use != "predict", with_facts=use == "test")
         return sources, records, faults
 
     def _read_all(self, uses: Sequence[str]) -> dict[str, Read]:

@@ -10,7 +10,7 @@ split into ordinary tokens and never read as the end token.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -106,7 +106,7 @@ def _settle(
     trimmed = _trim(record, max_length - len(response), tokenizer) if overlong == "trim" else None
     if trimmed is not None:
         return Example(record.id, trimmed + response, len(trimmed), trimmed=True)
-    raw = {name: value for name, value in asdict(record).items() if name != "place"}
+    raw = {name: getattr(record, name) for name in ("id", "instruction", "input", "response")}
     message = _too_long(record, num_tokens, len(response), max_length, overlong)
     return Fault(record.place, message, json.dumps(raw, ensure_ascii=False))
 

@@ -15,7 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lit_phi2.errors import InputError
 CLAIMS = Path(__file__).parent.parent / "assets" / "claims"
 SHOWN_FAULTS = 20
 _ENDINGS = ".jsonl, .json, .csv or .parquet"
+_FACT = '{"text": "...", "kind": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,20 @@ class Fields:
 
 
 @dataclass(frozen=True, slots=True)
+class Fact:
+    """A short text that a right answer holds.
+
+    Attributes:
+        text: looked for with case and spaces folded.
+        kind: where it comes from; the packaged claims know copied (from the prompt), known (from the domain) and
+            reasoned (worked out).
+    """
+
+    text: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """An instruction and its response.
 
@@ -48,6 +63,8 @@ class Record:
         input: what it is asked about; empty where there is none.
         response: the answer to learn; empty where none is given, which only predict allows.
         place: `path:line`, for messages.
+        category, form: groups that test tells apart; empty where there are none.
+        facts: what test looks for in an answer; may be none.
     """
 
     id: str
@@ -55,6 +72,9 @@ class Record:
     input: str
     response: str
     place: str
+    category: str = ""
+    form: str = ""
+    facts: tuple[Fact, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +89,12 @@ class Fault:
         return f"{self.place}: {self.message}"
 
 
-def read_records(sources: Sequence[str], fields: Fields, *, needs_response: bool) -> tuple[list[Record], list[Fault]]:
+def read_records(
+    sources: Sequence[str], fields: Fields, *, needs_response: bool, with_facts: bool = False
+) -> tuple[list[Record], list[Fault]]:
     """All records of all sources, in order, and the faults of those that are none.
+
+    With `with_facts` their category, form and facts are read too, where there are any; only test has a use for them.
 
     Raises:
         InputError: a source is missing, empty, of an unknown format, or has none of the expected columns.
@@ -85,6 +109,8 @@ def read_records(sources: Sequence[str], fields: Fields, *, needs_response: bool
             found_any = True
             place = f"{source}:{line}"
             checked = _check(row, fields, place, f"{label}:{line}", needs_response)
+            if with_facts and isinstance(checked, Record):
+                checked = _with_facts(checked, row)
             if isinstance(checked, Record) and (first := seen.get(checked.id)):
                 checked = Fault(place, f"id {checked.id!r} was already used at {first}; ids must be unique.", _raw(row))
             elif isinstance(checked, Record):
@@ -321,6 +347,21 @@ def _check(row: Any, fields: Fields, place: str, default_id: str, needs_response
             )
     given_input = texts[fields.input] if texts[fields.input].strip() else ""
     return Record(str(record_id), texts[fields.instruction], given_input, texts[fields.response], place)
+
+
+def _with_facts(record: Record, row: dict[str, Any]) -> Record | Fault:
+    """The record with its category, form and facts, or what is wrong with the facts."""
+    facts = row.get("facts")
+    facts = [] if facts in (None, "") else facts  # a table's empty cell
+    if not isinstance(facts, list):
+        return Fault(record.place, f"field 'facts' is {_kind(facts)}; expected a list of {_FACT}.", _raw(row))
+    for fact in facts:
+        texts = (fact.get("text"), fact.get("kind")) if isinstance(fact, dict) else (None, None)
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            return Fault(record.place, f"field 'facts' holds {_raw(fact)}; expected {_FACT}.", _raw(row))
+    # Spaces folded, since a group is a row of a table.
+    groups = {name: " ".join(row[name].split()) for name in ("category", "form") if isinstance(row.get(name), str)}
+    return replace(record, **groups, facts=tuple(Fact(fact["text"], fact["kind"]) for fact in facts))
 
 
 def _text_fault(row: dict[str, Any], name: str, *, required: bool) -> str | None:
