@@ -290,7 +290,8 @@ class Trainer(pl.Trainer):
         replace_file(file, lambda path: path.write_text("".join(lines), "utf-8"))
 
     def _warn_about_mixed_data(self, datamodule: ClaimsDataModule) -> None:
-        if datamodule.files["val"] == "claims:validation" and datamodule.files["train"] != "claims:train":
+        packaged = str(datamodule.files["train"]).startswith("claims:")
+        if datamodule.files["val"] == "claims:validation" and not packaged:
             log.warning(
                 "data.val_files: validating on the packaged claims while training on other records. Give your own, or "
                 "null to hold out data.val_fraction of the training records."

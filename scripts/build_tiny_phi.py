@@ -401,6 +401,7 @@ def model_card(
         f"there are,\nin {step:,} steps of {TOKENS_PER_STEP:,}, at a learning rate of {PEAK_LEARNING_RATE:g}",
         rows="\n".join(f"| {at:,} | {at * TOKENS_PER_STEP / 1e6:.1f} | {a:.3f} | {b:.3f} |" for at, a, b in curve),
         num_held_out=f"{num_held_out:,}",
+        tried=TRIED if any(name.startswith("claims") for name, _, _ in data["files"]) else "",
         loss=f"{loss:.3f} nats per token, "
         f"{loss / math.log(2) * num_held_out / data['held_out_bytes']:.3f} bits per byte",
         args=args,
@@ -446,8 +447,7 @@ validation or test record of the packaged claims, nor a scenario of theirs.
 |---|---|---|---|
 {sources}
 
-White space was tidied, exact copies of documents dropped, and the text cut into tokens. Some wordings of the claims
-were mended after their prose had been composed for this training; the scenarios are the same. Before that, pages and
+White space was tidied, exact copies of documents dropped, and the text cut into tokens. Before that, pages and
 questions about appeals had been left out of the VA and HealthCare.gov text, and paragraphs that share 13 words
 in a row with a question-answering validation set had been cut.
 
@@ -467,16 +467,7 @@ dropout.
 |---|---|---|---|
 {rows}
 
-Of the shapes tried first, each for about two minutes on the same two cores with the same text and schedule, this one
-learned fastest (held-out loss as saved):
-
-| layers x width x heads | M parameters | steps | held-out loss |
-|---|---|---|---|
-| 6 x 256 x 8 | 6.84 | 260 | 3.809 |
-| 5 x 320 x 10 | 8.79 | 207 | 3.988 |
-| 8 x 192 x 6 | 5.14 | 235 | 4.190 |
-
-Losses are in nats per token; the training loss is the mean since the row above. One document in a hundred
+{tried}Losses are in nats per token; the training loss is the mean since the row above. One document in a hundred
 was held out, {num_held_out} tokens in all. As saved, in bfloat16, in contexts of 512, their loss is
 **{loss}.** Many medical documents share stock
 paragraphs with others, which flatters these figures.
@@ -485,6 +476,22 @@ Built by
 
     python scripts/build_claims_prose.py --output_dir build/prose
     python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose --steps {args.steps} --seed {args.seed}
+"""
+
+
+# Of the packaged weights, by hand: what was tried before the long run.
+TRIED = """Copying was planted in the first two layers before training (`plant_copying`): without it a first run of
+7 M tokens, otherwise alike, had learned to copy nothing.
+
+Of the shapes tried first, each for about two minutes on the same two cores with the same text and schedule and nothing
+planted, this one learned fastest (held-out loss as saved):
+
+| layers x width x heads | M parameters | steps | held-out loss |
+|---|---|---|---|
+| 6 x 256 x 8 | 6.84 | 260 | 3.809 |
+| 5 x 320 x 10 | 8.79 | 207 | 3.988 |
+| 8 x 192 x 6 | 5.14 | 235 | 4.190 |
+
 """
 
 

@@ -1,6 +1,7 @@
 """Fit under every combination of some settings, and print a Markdown table of what came out.
 
     python scripts/sweep.py --config configs/tiny.yaml --set model.lora_r=1,2,8,16 --set model.learning_rate=2e-3,5e-3
+    python scripts/sweep.py --set model.lora_r+model.lora_alpha=1+2,8+16          keys that go together
 
 One process a run, one run at a time, so that times compare. A finished run is not run again: its row is kept in
 OUTPUT_DIR/sweep.jsonl. Arguments after -- go to every fit.
@@ -39,7 +40,12 @@ def main() -> None:
 
 def run(args: argparse.Namespace, settings: dict[str, str]) -> dict[str, float]:
     """The row of one fit, from the file if it has been run."""
-    flags = [part for key, value in settings.items() for part in (f"--{key}", value)] + args.extra
+    pairs = [
+        (key, value)
+        for joined, values in settings.items()
+        for key, value in zip(joined.split("+"), values.split("+"), strict=True)
+    ]
+    flags = [part for key, value in pairs for part in (f"--{key}", value)] + args.extra
     file = args.output_dir / "sweep.jsonl"
     name = " ".join([args.config, *flags])
     if file.is_file():

@@ -211,7 +211,7 @@ def test_the_packaged_claims_can_be_named() -> None:
 
 
 def test_an_unknown_packaged_split_names_those_there_are() -> None:
-    with pytest.raises(InputError, match="claims:dev: is not packaged; there are claims:test, claims:train"):
+    with pytest.raises(InputError, match="claims:dev: is not packaged; there are claims:gold, claims:test, "):
         read("claims:dev")
 
 
@@ -476,3 +476,12 @@ def test_messages_hold_no_text_of_records(tmp_path: Path) -> None:
     faults = read(path)[1] + read(table)[1]
     assert len(faults) == len(rows) + len(bad) + 4
     assert [str(fault) for fault in faults if secret in str(fault)] == []
+
+
+def test_a_part_of_the_packaged_claims_is_its_first_records() -> None:
+    whole, _ = read("claims:test")
+    part, _ = read("claims:test[:7]")
+    assert [record.id for record in part] == [record.id for record in whole[:7]]
+    assert len(whole) > 7
+    with pytest.raises(InputError, match="is not packaged"):
+        read("claims:test[7:]")

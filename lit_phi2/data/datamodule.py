@@ -76,8 +76,8 @@ class ClaimsDataModule(LightningDataModule):
     """Instruction/response records, tokenized for the base and packed.
 
     Args:
-        train_files: a path, a list of paths, claims:SPLIT (packaged) or hub:owner/name[:split]. The ending gives the
-            format: .jsonl, .json, .csv or .parquet.
+        train_files: a path, a list of paths, claims:SPLIT (packaged; claims:train[:1700] for the first of it) or
+            hub:owner/name[:split]. The ending gives the format: .jsonl, .json, .csv or .parquet.
         val_files: likewise; null takes val_fraction of the training records.
         test_files: likewise.
         predict_files: likewise; a response is not needed there.

@@ -3,8 +3,9 @@
     claims.jsonl:17   {"id": "c-17", "instruction": "Why ...", "input": "EOB ...", "response": "The ..."}   -> Record
     claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                                               -> Fault
 
-A source is a path (.jsonl, .json, .csv, .parquet), `claims:SPLIT` (packaged with lit_phi2) or
-`hub:owner/name[:split]`. Faults are gathered, not raised, so that one pass over the data names them all.
+A source is a path (.jsonl, .json, .csv, .parquet), `claims:SPLIT` (packaged with lit_phi2; `claims:train[:1700]` is
+its first 1,700 records) or `hub:owner/name[:split]`. Faults are gathered, not raised, so that one pass over the data
+names them all.
 
 Files are parsed here, row by row; only hub datasets are streamed through `datasets`. Its own readers name no line, fail
 as a whole on one bad record, and leave traces of private records in a cache in the home folder.
@@ -16,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +158,17 @@ def _read_rows(source: str, fields: Fields, needs_response: bool) -> Iterator[tu
         yield from enumerate(_hub_rows(source), start=1)
         return
     if source.startswith("claims:"):
-        path = CLAIMS / f"{source.removeprefix('claims:')}.jsonl"
-        if not path.is_file():
+        named = re.fullmatch(r"claims:(\w+)(?:\[:([1-9]\d*)\])?", source)
+        path = CLAIMS / f"{named[1] if named else ''}.jsonl"
+        if named is None or not path.is_file():
             raise InputError(
                 f"{source}: is not packaged; there are "
                 + ", ".join(f"claims:{p.stem}" for p in sorted(CLAIMS.glob("*.jsonl")))
+                + ", and claims:train[:1700] for the first 1,700 records of one."
             )
-    else:
-        path = Path(source).expanduser()
+        yield from islice(_jsonl_rows(path), int(named[2]) if named[2] else None)
+        return
+    path = Path(source).expanduser()
     if not path.exists():
         raise InputError(f"{source}: no such file. Paths are taken from the folder you are in, {Path.cwd()}.")
     if not path.is_file():
