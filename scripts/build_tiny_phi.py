@@ -459,7 +459,7 @@ project is.
 
 ## Training
 
-{recipe} after a warm-up, then a cosine to a tenth of it.
+{recipe} after a warm-up, then a cosine to a twentieth of it.
 Contexts of 256, 512 and 1,024 tokens; AdamW, weight decay 0.1; bfloat16 autocast over float32 weights; no
 dropout.
 
