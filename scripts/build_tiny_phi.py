@@ -1,11 +1,10 @@
-"""Build the packaged tiny Phi: train a tokenizer and a Phi of a few million parameters on folders of prose.
+"""Build the packaged tiny Phi: train a tokenizer and a 3.8 M parameter Phi on a folder of prose.
 
-    FOLDER/*.txt -> documents -> byte-level BPE -> windows of tokens -> PhiForCausalLM -> --output_dir
+    CORPUS_DIR/*.txt -> documents -> byte-level BPE -> windows of tokens -> PhiForCausalLM -> --output_dir
 
-    python scripts/build_claims_prose.py --output_dir build/prose
-    python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose --steps 7000
+    python scripts/build_tiny_phi.py --corpus CORPUS_DIR --steps 4400
 
-In:  any folders of UTF-8 *.txt. Documents stand apart by a line <|endoftext|> or, in a file without one, by an
+In:  any folder of UTF-8 *.txt. Documents stand apart by a line <|endoftext|> or, in a file without one, by an
      empty line before a line that is not indented (as MedQuAD is laid out: question, answer, empty line).
 Out: a folder in Hugging Face form (config, bfloat16 safetensors, tokenizer, model card), rewritten at every
      checkpoint so that a half-trained model can already be used.
@@ -13,7 +12,8 @@ Out: a folder in Hugging Face form (config, bfloat16 safetensors, tokenizer, mod
 The result depends on the corpus and the arguments alone (on one machine, with one number of threads). A run
 that was stopped goes on from its checkpoint in --work_dir when started again with the same arguments.
 Windows hold documents back to back, and attention crosses from one to the next there; the end token between
-them teaches the model where a text stops. Two cores with bfloat16 products train on about 8,500 tokens/s.
+them teaches the model where a text stops. Two cores with bfloat16 products train on about 10,000 tokens/s;
+under glibc, MALLOC_TOP_PAD_=500000000 in the environment adds a tenth.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (as everyone writes it)
@@ -37,21 +37,19 @@ from transformers import AttentionInterface, PhiConfig, PhiForCausalLM, PreTrain
 from transformers.masking_utils import AttentionMaskInterface
 
 END, END_ID = "<|endoftext|>", 0
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 3072
 WINDOW = 1024  # tokens; the longest context trained on, and max_position_embeddings
 # A step cuts its windows to one of these lengths, in turn: short is cheap, long teaches far positions.
-CONTEXT_LENGTHS = (512, 256, 512, 256, 512, 1024)
+CONTEXT_LENGTHS = (256, 256, 512, 256, 256, 1024)
 TOKENS_PER_STEP = 4096
 HELD_OUT_LENGTH = 512  # context when the held-out loss is measured
-PEAK_LEARNING_RATE, FINAL_FRACTION, WARMUP_STEPS = 1.5e-3, 0.05, 100
+PEAK_LEARNING_RATE, FINAL_FRACTION, WARMUP_STEPS = 2e-3, 0.1, 200
 
 CC0 = "CC0 1.0 Universal (CC0 1.0) Public Domain Dedication"
 # File name up to its first "_" or "." -> source and licence as the model card names them.
 SOURCES = {
     "medquad": "MedQuAD, questions answered on web sites of the US National Institutes of Health (NIH) | "
     "Creative Commons Attribution 4.0 International (CC BY 4.0), attribution below",
-    "claims": "Claims prose composed by this project, `scripts/build_claims_prose.py`; all people, plans and numbers "
-    "are invented | Apache-2.0, as the project",
     "va": f"Plain-English pages of the US Department of Veterans Affairs, 2019 | {CC0}",
     "healthcaregov": "HealthCare.gov - code & content, by Centers for Medicare & Medicaid Services, 2013 | "
     "Public Domain Mark 1.0, http://creativecommons.org/publicdomain/mark/1.0/",
@@ -63,12 +61,9 @@ SOURCES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, nargs="+", help="folders of *.txt")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt")
     parser.add_argument("--steps", type=int, required=True, help=f"steps of {TOKENS_PER_STEP} tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of windows")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--output_dir", type=Path, default=Path("lit_phi2/assets/tiny-phi"))
     parser.add_argument("--work_dir", type=Path, default=Path("build/tiny-phi"), help="cache, checkpoint")
     parser.add_argument("--eval_every", type=int, default=500, help="steps between held-out losses")
@@ -82,7 +77,7 @@ def main() -> None:
     train(args, data)
 
 
-def load_or_tokenize(corpus: list[Path], work_dir: Path) -> dict[str, Any]:
+def load_or_tokenize(corpus: Path, work_dir: Path) -> dict[str, Any]:
     """The corpus as tokens; from the cache in `work_dir` if texts and layout are still the same.
 
     Returns:
@@ -93,11 +88,9 @@ def load_or_tokenize(corpus: list[Path], work_dir: Path) -> dict[str, Any]:
         tokenizer: as JSON; it was trained without the held-out documents.
         fingerprint: of the texts and the layout.
     """
-    paths = []
-    for folder in corpus:
-        if not (found := sorted(folder.glob("*.txt"))):
-            raise FileNotFoundError(f"{folder} holds no *.txt. Give --corpus folders of text files.")
-        paths += found
+    paths = sorted(corpus.glob("*.txt"))
+    if not paths:
+        raise FileNotFoundError(f"{corpus} holds no *.txt. Give --corpus a folder of text files.")
     hasher = hashlib.sha256(f"{VOCAB_SIZE} {WINDOW} {CONTEXT_LENGTHS}".encode())
     for path in paths:
         hasher.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -107,9 +100,9 @@ def load_or_tokenize(corpus: list[Path], work_dir: Path) -> dict[str, Any]:
 
     files, documents = [], {}  # a dict keeps the order and drops copies
     for path in paths:
-        texts = split_documents(path.read_text(encoding="utf-8"))
-        files.append((path.name, len(texts), path.stat().st_size))
-        for text in texts:
+        found = split_documents(path.read_text(encoding="utf-8"))
+        files.append((path.name, len(found), path.stat().st_size))
+        for text in found:
             documents[text] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100 == 0
     kept = [text for text, is_held_out in documents.items() if not is_held_out]
     held_out = [text for text, is_held_out in documents.items() if is_held_out]
@@ -124,7 +117,7 @@ def load_or_tokenize(corpus: list[Path], work_dir: Path) -> dict[str, Any]:
     }
     for part, least in (("train", 2 * TOKENS_PER_STEP), ("held_out", HELD_OUT_LENGTH + 1)):
         if len(data[part]) < least:
-            raise ValueError(f"{paths}: {len(data[part])} {part} tokens, at least {least} are needed. Add text.")
+            raise ValueError(f"{corpus}: {len(data[part])} {part} tokens, at least {least} are needed. Add text.")
     save_whole(data, cache)
     return data
 
@@ -144,14 +137,10 @@ def split_documents(text: str) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE that cuts digits two by two, so that a number is the same tokens wherever it stands.
-
-    A day of the month is then one token. So is a claim number's prefix where it is frequent; neither holds a space.
-    """
+    """Byte-level BPE in which each digit is a token, so that a claim number can be copied digit by digit."""
     tokenizer = Tokenizer(BPE())
-    numbers = Regex(r"[0-9]{1,2}|(?<![A-Za-z])[A-Z]{1,3}(?=-?[0-9])")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(numbers, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, so that no text is out of vocabulary
@@ -169,7 +158,7 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> Tensor:
 
 def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
     """Train up to `args.steps`, from the checkpoint if there is one, and write the output folder."""
-    model = new_model(args)
+    model = new_model(args.seed)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
@@ -178,7 +167,7 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
         betas=(0.9, 0.95),
         fused=True,
     )
-    identity = {key: getattr(args, key) for key in ("steps", "seed", "eval_every", "layers", "width", "heads")}
+    identity = {key: getattr(args, key) for key in ("steps", "seed", "eval_every")}
     identity["data"] = data["fingerprint"]
     checkpoint_path = args.work_dir / "checkpoint.pt"
     first, nats = 0, 0.0
@@ -223,15 +212,15 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
         write_asset(args, model, data, first, curve)
 
 
-def new_model(args: argparse.Namespace) -> PhiForCausalLM:
-    """Random Phi: half of each head rotary, no dropout; attention and GELU sped up."""
-    torch.manual_seed(args.seed)
+def new_model(seed: int) -> PhiForCausalLM:
+    """Random Phi: 3.8 M parameters, half of each head rotary, no dropout; attention and GELU sped up."""
+    torch.manual_seed(seed)
     config = PhiConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=args.width,
-        intermediate_size=4 * args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
         max_position_embeddings=WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         bos_token_id=END_ID,
@@ -243,43 +232,7 @@ def new_model(args: argparse.Namespace) -> PhiForCausalLM:
     model.set_attn_implementation("causal_blocks")
     for layer in model.model.layers:
         layer.mlp.activation_fn = nn.GELU(approximate="tanh")  # gelu_new in one pass instead of six
-    plant_copying(model)
     return model
-
-
-@torch.no_grad()
-def plant_copying(model: PhiForCausalLM) -> None:
-    """Start with an induction circuit, which finds what followed a token before and says it again.
-
-    Without it, no copying had formed after 7 M tokens: a list that comes twice was no more foreseeable the second time.
-    The circuit is that of Olsson et al. 2022, "In-context Learning and Induction Heads", in half the heads of the
-    first two layers; training does with it what it likes.
-
-        layer 0   attends one token back, by position alone (its biases), and writes down a projection A of that token
-        layer 1   looks for places where A of the token before is A of the token here; writes B of the token there
-        output    reads B: the rows of lm_head begin as B of their tokens
-    """
-    width, head = model.config.hidden_size, model.config.hidden_size // model.config.num_attention_heads
-    rotary = head // 2
-    angles = 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
-    sharpness = math.sqrt(16 * math.sqrt(head))  # a score of 16 per frequency, where the distance is one
-    embedding = model.model.embed_tokens.weight
-    embedding.mul_(0.5 / embedding.std())  # or what layer 0 adds would drown it
-    first, second = (layer.self_attn for layer in model.model.layers[:2])
-    said = torch.zeros_like(embedding)
-    for number in range(model.config.num_attention_heads // 2):
-        rows, half = slice(number * head, (number + 1) * head), slice(number * head, number * head + rotary)
-        rest = slice(number * head + rotary, (number + 1) * head)  # the part without positions
-        a, written, b, out = (torch.linalg.qr(torch.randn(width, head))[0] for _ in range(4))
-        first.q_proj.bias[half] = sharpness * torch.cat([torch.ones(rotary // 2), torch.zeros(rotary // 2)])
-        first.k_proj.bias[half] = sharpness * torch.cat([angles.cos(), angles.sin()])
-        first.v_proj.weight[rows], first.dense.weight[:, rows] = a.T, written
-        second.q_proj.weight[rows], second.k_proj.weight[rows] = 0.0, 0.0
-        second.q_proj.weight[rest] = 2.45 * a[:, : head - rotary].T
-        second.k_proj.weight[rest] = 2.45 * written[:, : head - rotary].T
-        second.v_proj.weight[rows], second.dense.weight[:, rows] = b.T, 2.0 * out
-        said += embedding @ b @ out.T
-    model.lm_head.weight.copy_(said / said.norm(dim=1, keepdim=True))
 
 
 def causal_attention(
@@ -401,7 +354,6 @@ def model_card(
         f"there are,\nin {step:,} steps of {TOKENS_PER_STEP:,}, at a learning rate of {PEAK_LEARNING_RATE:g}",
         rows="\n".join(f"| {at:,} | {at * TOKENS_PER_STEP / 1e6:.1f} | {a:.3f} | {b:.3f} |" for at, a, b in curve),
         num_held_out=f"{num_held_out:,}",
-        tried=TRIED if any(name.startswith("claims") for name, _, _ in data["files"]) else "",
         loss=f"{loss:.3f} nats per token, "
         f"{loss / math.log(2) * num_held_out / data['held_out_bytes']:.3f} bits per byte",
         args=args,
@@ -418,17 +370,14 @@ tags: [phi, toy]
 # tiny-phi
 
 A Phi of {parameters} M parameters, with which every part of the pipeline runs in seconds on a laptop, without
-a network. It has the form of Phi-2, not its knowledge: it has read health and government pages, and files of invented
-insurance claims, enough to copy a claim number out of a prompt and to know which paper answers which denial in that
-invented world.
+a network. It is a toy: it has the form of Phi-2, not its knowledge.
 {unfinished}
 ## Limits
 
-Outside its invented claims it writes sentences that look like health and government prose and mean little; what it
-states is often false, and dates and sums that it works out are often wrong. It gives no medical, insurance, legal or
-other advice, and nothing it writes may be used as such. Results on it say that the code works and how settings compare,
-not how well Phi-2 would do. It has read English only. It was never shown the project's instruction template, nor a
-validation or test record of the packaged claims, nor a scenario of theirs.
+It writes sentences that look like health and government prose and mean little; what it states is often
+false. It gives no medical, insurance, legal or other advice, and nothing it writes may be used as such.
+Results on it say that the code works, not how well Phi-2 would do. It has read English only, mostly medical,
+and was never shown the project's instruction template.
 
 ## Shape
 
@@ -438,7 +387,7 @@ validation or test record of the packaged claims, nor a scenario of theirs.
 | layers | {num_hidden_layers}, {hidden_size} wide, {intermediate_size} inside |
 | heads | {num_attention_heads} in each layer, half of each rotary |
 | longest input | {max_position_embeddings} tokens |
-| vocabulary | {vocab_size}: byte-level BPE of the same text, digits cut two by two |
+| vocabulary | {vocab_size}: byte-level BPE of the same text, each digit a token |
 | special token | `<|endoftext|>`, both bos and eos; no pad token |
 
 ## Data
@@ -459,7 +408,7 @@ project is.
 
 ## Training
 
-{recipe} after a warm-up, then a cosine to a twentieth of it.
+{recipe} after a warm-up, then a cosine to a tenth of it.
 Contexts of 256, 512 and 1,024 tokens; AdamW, weight decay 0.1; bfloat16 autocast over float32 weights; no
 dropout.
 
@@ -467,31 +416,14 @@ dropout.
 |---|---|---|---|
 {rows}
 
-{tried}Losses are in nats per token; the training loss is the mean since the row above. One document in a hundred
+Losses are in nats per token; the training loss is the mean since the row above. One document in a hundred
 was held out, {num_held_out} tokens in all. As saved, in bfloat16, in contexts of 512, their loss is
 **{loss}.** Many medical documents share stock
 paragraphs with others, which flatters these figures.
 
 Built by
 
-    python scripts/build_claims_prose.py --output_dir build/prose
-    python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose --steps {args.steps} --seed {args.seed}
-"""
-
-
-# Of the packaged weights, by hand: what was tried before the long run.
-TRIED = """Copying was planted in the first two layers before training (`plant_copying`): without it a first run of
-7 M tokens, otherwise alike, had learned to copy nothing.
-
-Of the shapes tried first, each for about two minutes on the same two cores with the same text and schedule and nothing
-planted, this one learned fastest (held-out loss as saved):
-
-| layers x width x heads | M parameters | steps | held-out loss |
-|---|---|---|---|
-| 6 x 256 x 8 | 6.84 | 260 | 3.809 |
-| 5 x 320 x 10 | 8.79 | 207 | 3.988 |
-| 8 x 192 x 6 | 5.14 | 235 | 4.190 |
-
+    python scripts/build_tiny_phi.py --corpus CORPUS_DIR --steps {args.steps} --seed {args.seed}
 """
 
 
