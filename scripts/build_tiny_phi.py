@@ -12,8 +12,7 @@ Out: a folder in Hugging Face form (config, bfloat16 safetensors, tokenizer, mod
 The result depends on the corpus and the arguments alone (on one machine, with one number of threads). A run
 that was stopped goes on from its checkpoint in --work_dir when started again with the same arguments.
 Windows hold documents back to back, and attention crosses from one to the next there; the end token between
-them teaches the model where a text stops. Two cores with bfloat16 products train on about 10,000 tokens/s;
-under glibc, MALLOC_TOP_PAD_=500000000 in the environment adds a tenth.
+them teaches the model where a text stops. Two cores with bfloat16 products train on about 10,000 tokens/s.
 """
 
 import argparse
