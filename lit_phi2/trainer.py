@@ -130,9 +130,10 @@ class Trainer(pl.Trainer):
         if answers is not None and answers < 0:
             raise InputError(f"--answers {answers}: is less than 0; expected a number of records.")
         file = self.folder_of(ckpt_path) / "test_metrics.json"
-        if file.is_dir() or any(parent.is_file() for parent in file.parents):  # now, and not when all is answered
-            raise InputError(f"{file}: cannot be written; it is a folder, or lies below a file.")
+        _check_writable(file, str(file))
         self._evaluate("test", model, datamodule)
+        if answers != 0:
+            datamodule.check_room("test", answers)
         self._keep_left_out(datamodule, file.parent)
         adapted = ckpt_path is not None or model.adapter is not None
         answered = TestAnswers(adapted=adapted, count=answers)
@@ -167,8 +168,7 @@ class Trainer(pl.Trainer):
             output: the file to write; predictions.jsonl in the folder of the run without.
         """
         file = Path(output) if output else self.folder_of(ckpt_path) / "predictions.jsonl"
-        if file.is_dir() or any(parent.is_file() for parent in file.parents):
-            raise InputError(f"--output {file}: cannot be written; it is a folder, or lies below a file.")
+        _check_writable(file, f"--output {file}")
         self._evaluate("predict", model, datamodule)
         self._keep_left_out(datamodule, file.parent)
         writer = PredictionWriter(file)
@@ -296,6 +296,12 @@ class Trainer(pl.Trainer):
                 "data.val_files: validating on the packaged claims while training on other records. Give your own, or "
                 "null to hold out data.val_fraction of the training records."
             )
+
+
+def _check_writable(file: Path, source: str) -> None:
+    """Asked before hours of answering, and not after them."""
+    if file.is_dir() or any(parent.is_file() for parent in file.parents):
+        raise InputError(f"{source}: cannot be written; it is a folder, or lies below a file.")
 
 
 class DefaultSignals(Callback):

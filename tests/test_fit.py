@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_phi2.callbacks import SampleWriter
 from lit_phi2.errors import InputError, NonFiniteError
-from lit_phi2.model.lora import read_adapter, trained_parameters
+from lit_phi2.model.lora import FusedLora, read_adapter, trained_parameters
 from lit_phi2.model.module import LitPhi2, warmup_then_cosine
 from runs import Gradients, new_data, new_module, new_trainer, weights_of
 
@@ -36,18 +36,27 @@ def read_curves(folder: Path) -> EventAccumulator:
 def test_a_step_draws_from_every_dropout_and_validation_from_none(
     native_folder: Path, train_file: Path, tmp_path: Path
 ) -> None:
-    """Reference: forward hooks count, for each dropout of base and LoRA, outputs that differ from inputs."""
+    """Reference: forward hooks. A dropout of the base has drawn where output and input differ; that of a LoRA layer,
+    which draws it itself, where the output is not W x + bias + B A x."""
     module = new_module(native_folder, dropout=True, lora_dropout=0.3)
     drawn = {"train": set(), "eval": set()}
     names = {layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Dropout) and layer.p > 0}
-    for layer in names:
-        layer.register_forward_hook(
-            lambda layer, inputs, output: (
-                None
-                if torch.equal(inputs[0], output)
-                else drawn["train" if module.trainer.training else "eval"].add(names[layer])
+
+    def watch(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        x = inputs[0]
+        if isinstance(layer, FusedLora):
+            layer, expected = (
+                layer.lora_dropout["default"],
+                layer.base_layer(x) + 2 * layer.lora_B["default"](layer.lora_A["default"](x)),
             )
-        )
+        else:
+            expected = x
+        if not torch.allclose(output, expected, atol=1e-5):
+            drawn["train" if module.trainer.training else "eval"].add(names[layer])
+
+    for layer in module.modules():
+        if isinstance(layer, FusedLora) or (layer in names and "lora_dropout" not in names[layer]):
+            layer.register_forward_hook(watch)
     data = new_data(native_folder, train_file)
     new_trainer(tmp_path, max_steps=1, num_sanity_val_steps=-1).fit(module, data)
     # In each of two layers: resid_dropout of the block, and LoRA's on Wqkv, fc1 and fc2.

@@ -655,3 +655,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_asked(
     assert ask() == 2
     assert "runs/small/base/test_metrics.json: cannot be written" in capsys.readouterr().err
     assert asked == []
+
+
+def test_answers_that_would_run_past_the_positions_of_the_base_are_refused_before_anything_is_asked(
+    ask: Ask, asked: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The small base has 512 positions. The loss alone needs no room for an answer."""
+    assert ask("--model.max_new_tokens", "500") == 2
+    assert "model.max_new_tokens: 500 after the " in capsys.readouterr().err
+    assert asked == []
+    assert ask("--model.max_new_tokens", "500", "--answers", "0") == 0

@@ -202,6 +202,21 @@ class ClaimsDataModule(LightningDataModule):
             batches[-1].prompts.append(prompt)
         return batches
 
+    def check_room(self, use: str, count: int | None = None) -> None:
+        """Hold the prompts that will be answered against the positions that the base has.
+
+        Raises:
+            InputError: a prompt and model.max_new_tokens together are too long; names the first.
+        """
+        context = int(read_config(find_base(self.base))["max_position_embeddings"])
+        for example in self.splits[use].examples[:count]:
+            if example.prompt_length + self.max_new_tokens > context:
+                raise InputError(
+                    f"model.max_new_tokens: {self.max_new_tokens} after the {example.prompt_length} tokens of prompt "
+                    f"{example.id!r} in data.{use}_files is more than the {context} positions of base {self.base!r}. "
+                    "Lower it, or data.max_length, or measure the loss alone with --answers 0."
+                )
+
     def training_records(self) -> list[Record]:
         """The records of train_files, as text: the test's baseline looks an answer up in them.
 

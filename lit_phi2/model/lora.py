@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.base import Base
 from lit_phi2.batch import TEMPLATE_VERSION
@@ -103,6 +106,74 @@ def check_adapter(adapter: Adapter, shape: LoraShape, base: Base, *, source: str
         )
 
 
+class FusedLora(LoraLinear):
+    """PEFT's LoRA of a linear layer with one custom step forward and back; names, merge and saving stay PEFT's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x."""
+        if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        name = self.active_adapters[0]
+        drop = self.lora_dropout[name]  # Identity where there is none
+        dropout = float(drop.p) if self.training and isinstance(drop, nn.Dropout) else 0.0
+        keep = None
+        if dropout:  # drawn here and not in the function, so that activation checkpointing draws it again alike
+            keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+        base = self.base_layer
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        output: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, keep, self.scaling[name], 1 / (1 - dropout))
+        return output
+
+
+class _LoraLinear(torch.autograd.Function):
+    """W x + bias + scaling B A drop(x): products in the dtype of x, the update added in place, W frozen.
+
+    Kept for backward: x, A x (r wide), the mask of dropout. The gradients of A and B are in their own dtype, float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        keep: Tensor | None,
+        scaling: float,
+        grow: float,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        dropped = flat if keep is None else (flat * keep.view_as(flat)).mul_(grow)
+        low = F.linear(dropped, a.to(x.dtype))
+        output = F.linear(x, weight, bias)
+        output.view(len(flat), -1).addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, low, weight, a, b, keep)
+        ctx.scaling, ctx.grow = scaling, grow
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, weight, a, b, keep = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        dropped = flat if keep is None else (flat * keep.view_as(flat)).mul_(ctx.grow)
+        grad_a = (grad_low.t() @ dropped).to(a.dtype) if ctx.needs_input_grad[3] else None
+        grad_b = (grad.t() @ low).to(b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if keep is None:
+                grad_x.addmm_(grad_low, a.to(grad.dtype))
+            else:
+                grad_x.add_((grad_low @ a.to(grad.dtype)).mul_(ctx.grow).mul_(keep.view_as(grad_x)))
+            grad_x = grad_x.view_as(x)
+        return grad_x, None, None, grad_a, grad_b, None, None, None
+
+
 def add_lora(model: FusedPhiForCausalLM, shape: LoraShape, *, dropout: float) -> PeftModel:
     """Freeze the base and put a fresh float32 adapter on every target; it changes nothing until it is trained."""
     config = LoraConfig(
@@ -112,7 +183,19 @@ def add_lora(model: FusedPhiForCausalLM, shape: LoraShape, *, dropout: float) ->
         target_modules=list(shape.target_modules),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    phi = get_peft_model(model, config)
+    fuse_lora(phi)
+    return phi
+
+
+def fuse_lora(model: nn.Module) -> None:
+    """Let every plain LoRA of an ordinary floating linear layer compute as FusedLora; all else stays PEFT's own."""
+    for module in model.modules():
+        if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear or module.lora_variant:
+            continue
+        plain = not module.fan_in_fan_out and not any(module.lora_bias.values())
+        if plain and module.base_layer.weight.is_floating_point() and not module.base_layer.weight.requires_grad:
+            module.__class__ = FusedLora
 
 
 def trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:

@@ -58,6 +58,7 @@ class LitPhi2(LightningModule):
         weight_decay: of AdamW.
         warmup_ratio: share of the optimizer steps.
         dtype: auto, bfloat16 or float32, of the frozen base and of matrix products; LoRA weights are float32.
+        activation_checkpointing: work activations out again in backward, not keep them: less memory, more time.
         max_new_tokens: of an answer, in samples and predict.
         seed: linked from seed_everything.
     """
@@ -74,6 +75,7 @@ class LitPhi2(LightningModule):
         weight_decay: float = 0.01,
         warmup_ratio: float = 0.03,
         dtype: str = "auto",
+        activation_checkpointing: bool = False,
         max_new_tokens: int = 256,
         seed: int = 42,
     ) -> None:
@@ -86,6 +88,7 @@ class LitPhi2(LightningModule):
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
         self.compute_dtype = dtype
+        self.activation_checkpointing = activation_checkpointing
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.strict_loading = False  # the base is not in a checkpoint; load_weights checks what is
@@ -159,7 +162,12 @@ class LitPhi2(LightningModule):
 
     def loss(self, batch: Batch) -> Loss:
         """Summed nats and counts of a batch."""
-        hidden = hidden_states(self.fused_phi, batch.input_ids, batch.position_ids)
+        hidden = hidden_states(
+            self.fused_phi,
+            batch.input_ids,
+            batch.position_ids,
+            activation_checkpointing=self.activation_checkpointing,
+        )
         return causal_lm_loss(hidden, batch.labels, self.fused_phi.lm_head)
 
     def trained_adapter(self) -> Adapter:
@@ -226,7 +234,12 @@ class LitPhi2(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         assert self.phi is not None
-        optimizer = AdamW(trained_parameters(self.phi).values(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = AdamW(
+            trained_parameters(self.phi).values(),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            fused=True,  # one call for all the small tensors of an adapter; CPU, CUDA and MPS have it
+        )
         total = self.total_steps()
         warmup = math.ceil(self.warmup_ratio * total)
         schedule = LambdaLR(optimizer, lambda step: warmup_then_cosine(step, warmup_steps=warmup, total_steps=total))

@@ -6,8 +6,8 @@ The recipe names `Wqkv`, as Phi-2 was first published. transformers keeps q_proj
 finds no Wqkv and says nothing. An ordinary checkpoint is fused while it is loaded, exactly: rows of weights are moved,
 none is computed.
 
-Rows of packed examples stay apart only with restarting positions, no attention mask and no cache. `hidden_states` is
-the one way in that keeps to this.
+`hidden_states` is the way through the model while it learns or is measured: only what training needs, with packed
+examples kept apart. transformers' own forward, with masks and cache, serves generation; tests hold the two together.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -24,6 +25,7 @@ from transformers.models.phi.modeling_phi import PhiAttention, apply_rotary_pos_
 
 from lit_phi2.base import Base
 from lit_phi2.errors import InputError
+from lit_phi2.model.attention import Span, attend, example_spans
 
 
 class FusedPhiAttention(PhiAttention):
@@ -138,16 +140,39 @@ def linear_layers(base: Base) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
-def hidden_states(model: PhiForCausalLM, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def hidden_states(
+    model: FusedPhiForCausalLM, input_ids: Tensor, position_ids: Tensor, *, activation_checkpointing: bool = False
+) -> Tensor:
     """What the head reads, (B, T, D), with the examples of every row kept apart.
 
     Args:
-        model: native or fused, with or without adapters in its layers.
+        model: with or without adapters in its layers.
         input_ids: (B, T).
         position_ids: (B, T), restarting at 0 where an example begins.
+        activation_checkpointing: keep the input of each block alone, and work the block out again in backward.
     """
-    # With the cache on, or with any attention mask, transformers does not look for restarts in position_ids and an
-    # example attends to its neighbours.
-    output = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+    phi = model.model
+    spans = example_spans(position_ids)
+    hidden = phi.embed_dropout(phi.embed_tokens(input_ids.flatten()))
+    cos, sin = phi.rotary_emb(hidden, position_ids.flatten()[None])
+    half = cos.shape[-1] // 2  # transformers holds each angle twice
+    cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+    for layer in phi.layers:
+        if activation_checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(_block, layer, hidden, cos, sin, spans, use_reentrant=False)
+        else:
+            hidden = _block(layer, hidden, cos, sin, spans)
+    return phi.final_layernorm(hidden).view(*input_ids.shape, -1)
+
+
+def _block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, spans: list[Span]) -> Tensor:
+    """A block of Phi, (N, D) -> (N, D): attention and MLP side by side, both reading the same normed input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = layer.input_layernorm(hidden)
+    qkv = attention.Wqkv(normed).view(len(hidden), 3, -1, attention.head_dim)
+    dropout = attention.attention_dropout if layer.training else 0.0
+    mixed = attend(qkv, cos, sin, spans, scaling=attention.scaling, dropout=dropout)
+    attended = layer.resid_dropout(attention.dense(mixed.flatten(1)))
+    thought = layer.resid_dropout(mlp.fc2(mlp.activation_fn(mlp.fc1(normed))))
+    total: Tensor = attended.add_(thought).add_(hidden)
+    return total

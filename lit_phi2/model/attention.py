@@ -1,0 +1,136 @@
+"""Attention inside packed rows: every example attends to itself alone, causally, and no T x T mask is ever built.
+
+    Wqkv's output (N, 3, H, d) -> rotary on q and k -> example by example: softmax(q k^T) v -> (N, H, d)
+
+    N  tokens of all rows of a batch, one after the other      H  heads      d  width of a head
+
+Plain batched products over one example are faster on a CPU than its flash kernel, whose backward at 512 tokens costs
+more than any product of the layer. On CUDA one call of the variable-length flash kernel does the whole batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
+from torch.nn.attention.varlen import varlen_attn
+
+Span = tuple[int, int]  # where an example begins and ends among the N tokens
+QUERIES = 256  # rows of scores that are held at a time: memory for them is linear in the length of an example
+
+
+def example_spans(position_ids: Tensor) -> list[Span]:
+    """Where the examples of a batch begin and end.
+
+    Args:
+        position_ids: (B, T), 0 where an example begins.
+
+    >>> example_spans(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]))
+    [(0, 3), (3, 5), (5, 7), (7, 8), (8, 9), (9, 10)]
+    """
+    flat = position_ids.flatten()
+    starts = torch.nonzero(flat == 0).flatten().tolist()
+    return list(zip(starts, [*starts[1:], len(flat)], strict=True))
+
+
+def attend(qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[Span], *, scaling: float, dropout: float = 0.0) -> Tensor:
+    """Causal attention of every example to itself.
+
+    Args:
+        qkv: (N, 3, H, d), before rotary.
+        cos, sin: (N, R / 2) of each token's position, for the first R of the d elements of queries and keys.
+        spans: of example_spans; they cover the N tokens.
+        scaling: of the scores.
+        dropout: of the attention weights.
+
+    Returns:
+        (N, H, d).
+    """
+    if qkv.device.type == "cpu" and not dropout:
+        mixed: Tensor = _AttendByExample.apply(qkv, cos, sin, spans, scaling)
+        return mixed
+    query, key = rotate(qkv[:, :2], cos, sin).unbind(1)
+    value = qkv[:, 2]
+    if qkv.device.type == "cuda" and not dropout and qkv.dtype in (torch.bfloat16, torch.float16):
+        ends = torch.tensor([0, *(end for _, end in spans)], dtype=torch.int32, device=qkv.device)
+        longest = max(end - start for start, end in spans)
+        output = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
+        assert isinstance(output, Tensor)
+        return output
+    parts = []
+    for start, end in spans:
+        q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
+        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+        parts.append(part.transpose(0, 1))
+    return torch.cat(parts)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of the first R elements of (N, ..., d): pairs of one element of each half."""
+    half = cos.shape[-1]
+    shape = (len(cos), *[1] * (heads.ndim - 2), half)
+    cos, sin = cos.view(shape), sin.view(shape)
+    first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+class _AttendByExample(torch.autograd.Function):
+    """On the CPU: rotary and attention as batched products; weights are worked out again in backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[Span], scaling: float) -> Tensor:
+        turned = qkv.permute(1, 2, 0, 3).contiguous()  # (3, H, N, d), as batched products want it
+        _rotate_in_place(turned[:2], cos, sin)
+        query, key, value = turned
+        mixed = torch.empty_like(qkv[:, 0])
+        for start, end in spans:
+            for first in range(start, end, QUERIES):
+                last = min(first + QUERIES, end)
+                weights = _weights(query[:, first:last], key[:, start:last], scaling)
+                mixed[first:last] = torch.bmm(weights, value[:, start:last]).transpose(0, 1)
+        ctx.save_for_backward(turned, cos, sin)
+        ctx.spans, ctx.scaling = spans, scaling
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        turned, cos, sin = ctx.saved_tensors
+        query, key, value = turned
+        grads = torch.empty_like(turned)
+        grad = grad.transpose(0, 1).contiguous()  # (H, N, d)
+        for start, end in ctx.spans:
+            for first in reversed(range(start, end, QUERIES)):
+                last = min(first + QUERIES, end)
+                some, seen = slice(first, last), slice(start, last)
+                weights = _weights(query[:, some], key[:, seen], ctx.scaling)
+                grad_weights = torch.bmm(grad[:, some], value[:, seen].transpose(1, 2))
+                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grads[0, :, some] = torch.bmm(grad_scores, key[:, seen]).mul_(ctx.scaling)
+                for row, tensor, other in ((1, grad_scores, query), (2, weights, grad)):
+                    part = torch.bmm(tensor.transpose(1, 2), other[:, some])
+                    if row == 1:
+                        part.mul_(ctx.scaling)
+                    if last == end:  # the last queries see all keys of the example, and come first
+                        grads[row, :, seen] = part
+                    else:
+                        grads[row, :, seen] += part
+        _rotate_in_place(grads[:2], cos, -sin)
+        return grads.permute(2, 0, 1, 3), None, None, None, None
+
+
+def _weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """(H, queries, keys): softmax of the scores, where the last query sees all keys."""
+    queries, keys = query.shape[1], key.shape[1]
+    future = torch.full((queries, keys), float("-inf"), dtype=query.dtype).triu_(keys - queries + 1)
+    return torch.baddbmm(future, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
+
+
+def _rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding of (..., N, d), as rotate does."""
+    half = cos.shape[-1]
+    first, second = heads[..., :half], heads[..., half : 2 * half]
+    turned = first * cos - second * sin
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)

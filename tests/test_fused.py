@@ -1,0 +1,339 @@
+"""The custom autograd functions: their gradients, and twenty steps against PEFT's and transformers' own layers."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from transformers import PhiConfig
+
+from lit_phi2.batch import IGNORE_INDEX
+from lit_phi2.model import attention, loss
+from lit_phi2.model.attention import attend, example_spans, rotate
+from lit_phi2.model.lora import FusedLora, fuse_lora, trained_parameters
+from lit_phi2.model.loss import causal_lm_loss
+from lit_phi2.model.phi2 import FusedPhiForCausalLM, hidden_states
+from runs import new_module, relative_difference
+
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0], [0, 1, 2, 3, 0, 0, 0, 1, 2]])
+SPANS = [(0, 5), (5, 8), (8, 9), (9, 13), (13, 14), (14, 15), (15, 18)]
+
+
+def lora_layer(*, bias: bool, dropout: float, dtype: torch.dtype = torch.float64, fused: bool = True) -> nn.Module:
+    """One linear layer with LoRA of rank 3 whose B is not zero."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(7, 5, bias=bias, dtype=dtype)), config)
+    layer = model.base_model.model[0]
+    for parameter in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+        parameter.data = torch.randn_like(parameter, dtype=torch.promote_types(dtype, torch.float32))
+    if fused:
+        fuse_lora(layer)
+        assert type(layer) is FusedLora
+    return layer
+
+
+def angles(length: int, pairs: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    turns = torch.arange(length, dtype=dtype)[:, None] / 3 ** torch.arange(1, pairs + 1, dtype=dtype)
+    return turns.cos(), turns.sin()
+
+
+# Each function by itself
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_lora(bias: bool, dropout: float) -> None:
+    layer = lora_layer(bias=bias, dropout=dropout)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    names = ("lora_A.default.weight", "lora_B.default.weight")
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(5)  # the same mask each time
+        return torch.func.functional_call(layer, dict(zip(names, (a, b), strict=True)), (x,))
+
+    weights = [layer.get_parameter(name) for name in names]
+    assert torch.autograd.gradcheck(run, (x, *weights))
+    assert torch.autograd.gradcheck(lambda a, b: run(x.detach(), a, b), weights)
+
+
+def test_lora_equals_pefts_own_with_and_without_dropout() -> None:
+    """Forward and all gradients; with dropout, by putting the mask that was drawn into PEFT's formula by hand."""
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    for dropout in (0.0, 0.5):
+        ours, own = (lora_layer(bias=True, dropout=dropout, fused=fused) for fused in (True, False))
+        torch.manual_seed(1)
+        got = ours(x)
+        torch.manual_seed(1)
+        if dropout:
+            mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(0.5)
+            own.lora_dropout["default"] = nn.Identity()
+            expected = own.base_layer(x) + own.lora_B["default"](own.lora_A["default"](x * mask * 2)) * 2
+        else:
+            expected = own(x)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        weights = [[layer.lora_A["default"].weight, layer.lora_B["default"].weight] for layer in (ours, own)]
+        gradients = [
+            torch.autograd.grad(y.square().sum(), [x, *some]) for y, some in zip((got, expected), weights, strict=True)
+        ]
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_lora_dropout_comes_from_the_default_generator_and_drops_its_share() -> None:
+    layer = lora_layer(bias=False, dropout=0.3)
+    nn.init.zeros_(layer.base_layer.weight)
+    nn.init.eye_(layer.lora_A["default"].weight)
+    nn.init.eye_(layer.lora_B["default"].weight)
+    x = torch.ones(20_000, 7, dtype=torch.float64)
+    torch.manual_seed(1)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+    kept = first[:, :3] != 0
+    assert kept.double().mean().item() == pytest.approx(0.7, abs=0.006)  # three standard deviations of 60,000 draws
+    torch.testing.assert_close(first[:, :3][kept], torch.full((int(kept.sum()),), 2 / 0.7, dtype=torch.float64))
+    layer.eval()
+    assert (layer(x)[:, :3] == 2).all()
+
+
+def test_bfloat16_activations_get_bfloat16_products_and_float32_gradients() -> None:
+    layer = lora_layer(bias=True, dropout=0.0, dtype=torch.bfloat16)
+    saved: list[Tensor] = []
+    x = torch.randn(6, 7, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = layer(x)
+    output.float().sum().backward()
+    assert output.dtype == x.grad.dtype == torch.bfloat16
+    assert layer.lora_A["default"].weight.grad.dtype == torch.float32
+    frozen = {layer.base_layer.weight.data_ptr(), *(p.data_ptr() for p in layer.parameters())}
+    kept = [tensor for tensor in saved if tensor.data_ptr() not in frozen]
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(6, 3), (6, 7)]  # A x, and x itself
+    assert all(tensor.dtype == torch.bfloat16 for tensor in kept)
+
+
+@pytest.mark.parametrize("what", ["dora", "two adapters", "a subclass of Linear", "a trained base", "a LoRA bias"])
+def test_what_is_not_plain_lora_stays_pefts_own(what: str) -> None:
+    class Own(nn.Linear):
+        pass
+
+    kinds = {"dora": {"use_dora": True}, "a LoRA bias": {"lora_bias": True}}
+    linear = (Own if what == "a subclass of Linear" else nn.Linear)(7, 5)
+    config = LoraConfig(r=3, target_modules=["0"], **kinds.get(what, {}))
+    model = get_peft_model(nn.Sequential(linear), config)
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.requires_grad = what == "a trained base"
+    fuse_lora(model)
+    if what != "two adapters":
+        assert type(layer) is PeftLinear
+        return
+    model.add_adapter("other", config)
+    nn.init.ones_(layer.lora_B["other"].weight)
+    layer.set_adapter(["default", "other"])
+    x = torch.randn(2, 7)
+    update = layer.lora_B["other"](layer.lora_A["other"](x)) * layer.scaling["other"]
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + update)  # that of `default` is zero
+
+
+def test_merging_gives_the_same_output() -> None:
+    layer = lora_layer(bias=True, dropout=0.0)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    before = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), before)
+    assert layer.merged
+    layer.unmerge()
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_spans_are_cut_where_positions_restart() -> None:
+    assert example_spans(POSITIONS) == SPANS
+
+
+@pytest.mark.parametrize("queries", [2, 256])
+def test_gradcheck_of_attention(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "QUERIES", queries)
+    qkv = torch.randn(18, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = angles(18, 2)
+    assert torch.autograd.gradcheck(lambda qkv: attend(qkv, cos, sin, SPANS, scaling=0.4), (qkv,))
+
+
+def test_attention_equals_masked_attention_over_all_tokens() -> None:
+    """Reference: one softmax over all pairs, with everything but the own example's past masked by hand."""
+    qkv = torch.randn(18, 3, 2, 6, dtype=torch.float64)
+    cos, sin = angles(18, 2)
+    query, key = rotate(qkv[:, :2], cos, sin).unbind(1)
+    example = torch.tensor([n for n, (start, end) in enumerate(SPANS) for _ in range(start, end)])
+    seen = (example[:, None] == example) & torch.ones(18, 18, dtype=torch.bool).tril()
+    scores = torch.einsum("qhd,khd->hqk", query, key) * 0.4
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    expected = torch.einsum("hqk,khd->qhd", weights, qkv[:, 2])
+    torch.testing.assert_close(attend(qkv, cos, sin, SPANS, scaling=0.4), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_with_dropout_drops_and_keeps_the_mean() -> None:
+    qkv = torch.randn(18, 3, 2, 6, dtype=torch.float64)
+    cos, sin = angles(18, 2)
+    plain = attend(qkv, cos, sin, SPANS, scaling=0.4)
+    torch.manual_seed(0)
+    drawn = torch.stack([attend(qkv, cos, sin, SPANS, scaling=0.4, dropout=0.2) for _ in range(3000)])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert (drawn.mean(0) - plain).abs().max() < 5 * drawn.std(0).max() / 3000**0.5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck_of_the_head(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 2 * 11 * 16)  # two positions at a time
+    head = nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(False)
+    hidden = torch.randn(1, 9, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[IGNORE_INDEX, 3, 4, IGNORE_INDEX, 10, 0, 1, 2, 2]])
+    assert torch.autograd.gradcheck(lambda hidden: causal_lm_loss(hidden, labels, head).nats * 0.7, (hidden,))
+
+
+@pytest.mark.parametrize("positions_at_a_time", [1, 4, 1000])
+def test_a_frozen_head_in_chunks_gives_what_a_trained_one_gives(
+    positions_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: torch's cross entropy, on the way that a head with gradients takes."""
+    monkeypatch.setattr(loss, "LOGITS_BYTES", positions_at_a_time * 11 * 16)
+    head = nn.Linear(6, 11, dtype=torch.float64)
+    hidden = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 9))
+    expected = causal_lm_loss(hidden, labels, head)
+    wanted = torch.autograd.grad(expected.nats, hidden)[0]
+    got = causal_lm_loss(hidden, labels, copy.deepcopy(head).requires_grad_(False))
+    torch.testing.assert_close(got.nats, expected.nats, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(got.nats, hidden)[0], wanted, rtol=1e-12, atol=1e-14)
+    assert (got.tokens, got.correct) == (expected.tokens, expected.correct)
+
+
+# As an ordinary function under what may be wrapped around it
+
+
+def test_lora_under_activation_checkpointing_draws_the_same_dropout_again() -> None:
+    layer = lora_layer(bias=True, dropout=0.4)
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    weights = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    gradients = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(2)
+        gradients.append(torch.autograd.grad(run(x).square().sum(), weights))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_lora_under_compile() -> None:
+    """Traced whole, without a break; the eager backend, so that no compiler is needed to test it."""
+    layer = lora_layer(bias=True, dropout=0.0, dtype=torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 7, requires_grad=True)
+    weights = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    gradients = [torch.autograd.grad(run(x).square().sum(), weights) for run in (layer, compiled)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_lora_under_ddp(tmp_path: Path) -> None:
+    """A group of one: hooks, buckets and the reducer are those of many."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        layer = lora_layer(bias=True, dropout=0.0, dtype=torch.float32)
+        alone = copy.deepcopy(layer)
+        x = torch.randn(5, 7)
+        DistributedDataParallel(layer)(x).square().sum().backward()
+        alone(x).square().sum().backward()
+        for name in ("lora_A", "lora_B"):
+            assert torch.equal(getattr(layer, name)["default"].weight.grad, getattr(alone, name)["default"].weight.grad)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_activation_checkpointing_changes_no_bit_of_loss_or_gradients(native_folder: Path) -> None:
+    """With all dropout on: it is drawn again as it was. Fewer tensors are kept in between."""
+    results, kept = [], []
+    for on in (False, True):
+        module = new_module(native_folder, dropout=True, lora_dropout=0.2, activation_checkpointing=on)
+        torch.manual_seed(7)
+        saved: list[int] = []
+        ids = torch.arange(18).view(2, 9) * 5 % 400
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
+            hidden = hidden_states(
+                module.fused_phi, ids, POSITIONS, activation_checkpointing=module.activation_checkpointing
+            )
+        nats = causal_lm_loss(hidden, ids, module.fused_phi.lm_head).nats
+        nats.backward()
+        gradients = [p.grad for p in trained_parameters(module.phi).values()]
+        results.append([nats.detach(), *gradients])
+        kept.append(sum(saved))
+    assert len(results[0]) == 13
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert kept[1] < kept[0] / 4
+
+
+# All together
+
+
+def test_twenty_steps_equal_pefts_layers_and_transformers_attention_in_float64() -> None:
+    """Loss and every LoRA tensor within 1e-9 in relative norm: float64 rounds at 1e-16, and Adam carries it along.
+
+    Reference: PEFT's own LoRA Linear on the same fused base, transformers' own forward, a cross-entropy written here.
+    """
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        resid_pdrop=0.0,
+        initializer_range=0.3,
+        attn_implementation="sdpa",
+    )
+    base = FusedPhiForCausalLM(config).double()
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["Wqkv", "fc1", "fc2"], task_type="CAUSAL_LM")
+    theirs = get_peft_model(copy.deepcopy(base), lora, autocast_adapter_dtype=False)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    ours = copy.deepcopy(theirs)
+    fuse_lora(ours)
+    assert sum(type(module) is FusedLora for module in ours.modules()) == 6
+    optimizers = [
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False)
+        for model in (ours, theirs)
+    ]
+    for step in range(20):
+        lengths = [7 + step % 3, 12, 5]
+        ids = torch.randint(0, 97, (1, sum(lengths)))
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        labels = ids.clone()
+        labels[:, positions[0] < 3] = IGNORE_INDEX
+        hidden = hidden_states(ours.get_base_model(), ids, positions)
+        got = causal_lm_loss(hidden, labels, ours.get_base_model().lm_head)
+        mean = got.nats / got.tokens
+        nats, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
+        for length in lengths:
+            own = slice(start, start + length)
+            logits = theirs(input_ids=ids[:, own]).logits[0, 2:-1]
+            nats = nats + F.cross_entropy(logits, ids[0, own][3:], reduction="sum")
+            tokens, start = tokens + length - 3, start + length
+        assert relative_difference(mean.detach(), (nats / tokens).detach()) < 1e-9
+        for value, optimizer in zip((mean, nats / tokens), optimizers, strict=True):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert relative_difference(parameter.detach(), expected[name].detach()) < 1e-9, name
