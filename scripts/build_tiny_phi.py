@@ -1,18 +1,22 @@
-"""Build the packaged tiny Phi: train a tokenizer and a 3.8 M parameter Phi on a folder of prose.
+"""Build the packaged tiny Phi: train a tokenizer and a Phi of a few million parameters on folders of prose.
 
-    CORPUS_DIR/*.txt -> documents -> byte-level BPE -> windows of tokens -> PhiForCausalLM -> --output_dir
+    FOLDER/*.txt -> documents -> byte-level BPE -> windows of tokens -> PhiForCausalLM -> --output_dir
 
-    python scripts/build_tiny_phi.py --corpus CORPUS_DIR --steps 4400
+    python scripts/build_claims_prose.py --output_dir build/prose
+    python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose --steps 6800 --output_dir build/stage1
+    python scripts/build_claims_prose.py --whole --megabytes 60 --output_dir build/prose-whole
+    python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose-whole --steps 1300 --start_from build/stage1 \
+        --learning_rate 4e-3 --work_dir build/tiny-phi-2
 
-In:  any folder of UTF-8 *.txt. Documents stand apart by a line <|endoftext|> or, in a file without one, by an
+In:  any folders of UTF-8 *.txt. Documents stand apart by a line <|endoftext|> or, in a file without one, by an
      empty line before a line that is not indented (as MedQuAD is laid out: question, answer, empty line).
 Out: a folder in Hugging Face form (config, bfloat16 safetensors, tokenizer, model card), rewritten at every
      checkpoint so that a half-trained model can already be used.
 
 The result depends on the corpus and the arguments alone (on one machine, with one number of threads). A run
 that was stopped goes on from its checkpoint in --work_dir when started again with the same arguments.
-Windows hold documents back to back, and attention crosses from one to the next there; the end token between
-them teaches the model where a text stops. Two cores with bfloat16 products train on about 10,000 tokens/s.
+A window begins where a document does and holds what follows, each document seen by itself alone; the end token
+between them teaches the model where a text stops. Two cores with bfloat16 products train on about 6,300 tokens/s.
 """
 
 import argparse
@@ -23,12 +27,13 @@ import os
 import re
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (as everyone writes it)
@@ -36,19 +41,22 @@ from transformers import AttentionInterface, PhiConfig, PhiForCausalLM, PreTrain
 from transformers.masking_utils import AttentionMaskInterface
 
 END, END_ID = "<|endoftext|>", 0
-VOCAB_SIZE = 3072
+VOCAB_SIZE = 4096
 WINDOW = 1024  # tokens; the longest context trained on, and max_position_embeddings
 # A step cuts its windows to one of these lengths, in turn: short is cheap, long teaches far positions.
-CONTEXT_LENGTHS = (256, 256, 512, 256, 256, 1024)
+CONTEXT_LENGTHS = (512, 512, 512, 512, 512, 1024)
 TOKENS_PER_STEP = 4096
-HELD_OUT_LENGTH = 512  # context when the held-out loss is measured
-PEAK_LEARNING_RATE, FINAL_FRACTION, WARMUP_STEPS = 2e-3, 0.1, 200
+QUERY_BLOCK = 128  # queries whose attention is worked out at a time
+HELD_OUT_LENGTH = 512  # tokens of a held-out document that count
+PEAK_LEARNING_RATE, FINAL_FRACTION, WARMUP_STEPS = 8e-3, 0.05, 100
 
 CC0 = "CC0 1.0 Universal (CC0 1.0) Public Domain Dedication"
 # File name up to its first "_" or "." -> source and licence as the model card names them.
 SOURCES = {
     "medquad": "MedQuAD, questions answered on web sites of the US National Institutes of Health (NIH) | "
     "Creative Commons Attribution 4.0 International (CC BY 4.0), attribution below",
+    "claims": "Claims prose composed by this project, `scripts/build_claims_prose.py`; all people, plans and numbers "
+    "are invented | Apache-2.0, as the project",
     "va": f"Plain-English pages of the US Department of Veterans Affairs, 2019 | {CC0}",
     "healthcaregov": "HealthCare.gov - code & content, by Centers for Medicare & Medicaid Services, 2013 | "
     "Public Domain Mark 1.0, http://creativecommons.org/publicdomain/mark/1.0/",
@@ -60,52 +68,61 @@ SOURCES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt")
+    parser.add_argument("--corpus", type=Path, required=True, nargs="+", help="folders of *.txt")
     parser.add_argument("--steps", type=int, required=True, help=f"steps of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--start_from", type=Path, help="a folder written before: its weights, shape and tokenizer")
+    parser.add_argument("--learning_rate", type=float, default=PEAK_LEARNING_RATE, help="the peak")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of windows")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--output_dir", type=Path, default=Path("lit_phi2/assets/tiny-phi"))
     parser.add_argument("--work_dir", type=Path, default=Path("build/tiny-phi"), help="cache, checkpoint")
-    parser.add_argument("--eval_every", type=int, default=500, help="steps between held-out losses")
-    parser.add_argument("--save_minutes", type=float, default=4.0, help="minutes between checkpoints")
+    parser.add_argument("--eval_every", type=int, default=800, help="steps between held-out losses")
+    parser.add_argument("--save_minutes", type=float, default=10.0, help="minutes between checkpoints")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    data = load_or_tokenize(args.corpus, args.work_dir)
+    data = load_or_tokenize(args.corpus, args.work_dir, args.start_from)
     print(f"{len(data['train']):,} tokens to train on, {len(data['held_out']):,} held out", flush=True)
     train(args, data)
 
 
-def load_or_tokenize(corpus: Path, work_dir: Path) -> dict[str, Any]:
+def load_or_tokenize(corpus: list[Path], work_dir: Path, start_from: Path | None) -> dict[str, Any]:
     """The corpus as tokens; from the cache in `work_dir` if texts and layout are still the same.
 
     Returns:
         train, held_out: (N,) int64, documents with END after each. Exact copies are dropped, then a document
-            is held out if its hash is a multiple of 100, whatever the others are.
+            is held out if its hash is a multiple of 200, whatever the others are.
         held_out_bytes: UTF-8 bytes of the held-out documents.
         files: (name, documents, bytes) per file.
-        tokenizer: as JSON; it was trained without the held-out documents.
+        tokenizer: as JSON; trained without the held-out documents, or that of `start_from`.
         fingerprint: of the texts and the layout.
     """
-    paths = sorted(corpus.glob("*.txt"))
-    if not paths:
-        raise FileNotFoundError(f"{corpus} holds no *.txt. Give --corpus a folder of text files.")
+    paths = []
+    for folder in corpus:
+        if not (found := sorted(folder.glob("*.txt"))):
+            raise FileNotFoundError(f"{folder} holds no *.txt. Give --corpus folders of text files.")
+        paths += found
     hasher = hashlib.sha256(f"{VOCAB_SIZE} {WINDOW} {CONTEXT_LENGTHS}".encode())
     for path in paths:
         hasher.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    if start_from:
+        hasher.update((start_from / "tokenizer.json").read_bytes())
     fingerprint, cache = hasher.hexdigest(), work_dir / "tokens.pt"
     if cache.exists() and (data := torch.load(cache))["fingerprint"] == fingerprint:
         return data
 
     files, documents = [], {}  # a dict keeps the order and drops copies
     for path in paths:
-        found = split_documents(path.read_text(encoding="utf-8"))
-        files.append((path.name, len(found), path.stat().st_size))
-        for text in found:
-            documents[text] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100 == 0
+        texts = split_documents(path.read_text(encoding="utf-8"))
+        files.append((path.name, len(texts), path.stat().st_size))
+        for text in texts:
+            documents[text] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 200 == 0
     kept = [text for text, is_held_out in documents.items() if not is_held_out]
     held_out = [text for text, is_held_out in documents.items() if is_held_out]
-    tokenizer = train_tokenizer(kept)
+    tokenizer = Tokenizer.from_file(str(start_from / "tokenizer.json")) if start_from else train_tokenizer(kept)
     data = {
         "train": encode(kept, tokenizer),
         "held_out": encode(held_out, tokenizer),
@@ -116,7 +133,7 @@ def load_or_tokenize(corpus: Path, work_dir: Path) -> dict[str, Any]:
     }
     for part, least in (("train", 2 * TOKENS_PER_STEP), ("held_out", HELD_OUT_LENGTH + 1)):
         if len(data[part]) < least:
-            raise ValueError(f"{corpus}: {len(data[part])} {part} tokens, at least {least} are needed. Add text.")
+            raise ValueError(f"{paths}: {len(data[part])} {part} tokens, at least {least} are needed. Add text.")
     save_whole(data, cache)
     return data
 
@@ -136,10 +153,15 @@ def split_documents(text: str) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE in which each digit is a token, so that a claim number can be copied digit by digit."""
+    """Byte-level BPE in which a number or a name is the same tokens wherever it stands, so that it can be looked up.
+
+    The space before a digit or a capital is a token of its own. Digits are cut two by two, so that a day of the month
+    is one token.
+    """
     tokenizer = Tokenizer(BPE())
+    apart = Regex(r"[0-9]{1,2}|(?<![A-Za-z])[A-Z]{1,3}(?=-?[0-9])| (?=[A-Z0-9])")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(apart, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, so that no text is out of vocabulary
@@ -157,17 +179,12 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> Tensor:
 
 def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
     """Train up to `args.steps`, from the checkpoint if there is one, and write the output folder."""
-    model = new_model(args.seed)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    identity = {key: getattr(args, key) for key in ("steps", "seed", "eval_every")}
+    model = new_model(args)
+    optimizers = new_optimizers(model)
+    identity = {key: getattr(args, key) for key in ("steps", "seed", "eval_every", "layers", "width", "heads")}
     identity["data"] = data["fingerprint"]
+    if args.start_from:
+        identity |= {"start_from": str(args.start_from), "learning_rate": args.learning_rate}
     checkpoint_path = args.work_dir / "checkpoint.pt"
     first, nats = 0, 0.0
     curve: list[tuple[int, float, float]] = []  # step, mean training loss since the last row, held-out loss
@@ -179,18 +196,21 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
                 "Give the same arguments to go on with it, or another --work_dir to start afresh."
             )
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
         first, nats, curve = state["step"], state["nats"], state["curve"]
         print(f"going on from step {first}", flush=True)
 
+    starts = window_starts(data["train"])
     saved_at = reported_at = time.monotonic()
     for step in range(first, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps)
-        loss = backward(model, *windows_of_step(data["train"], step, args.seed))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = args.learning_rate * schedule(step, args.steps)
+        loss = backward(model, *windows_of_step(data["train"], starts, step, args.seed))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         nats, done = nats + loss, step + 1
         if done % 50 == 0:
             rate = min(50, done - first) * TOKENS_PER_STEP / (time.monotonic() - reported_at)
@@ -203,7 +223,7 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
             print(f"step {done:5d}  train {curve[-1][1]:.4f}  held out {curve[-1][2]:.4f}", flush=True)
         if done == args.steps or time.monotonic() - saved_at > 60 * args.save_minutes:
             state = {"identity": identity, "step": done, "nats": nats, "curve": curve}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             save_whole(state, checkpoint_path)
             write_asset(args, model, data, done, curve)
             saved_at = time.monotonic()
@@ -211,38 +231,103 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
         write_asset(args, model, data, first, curve)
 
 
-def new_model(seed: int) -> PhiForCausalLM:
-    """Random Phi: 3.8 M parameters, half of each head rotary, no dropout; attention and GELU sped up."""
-    torch.manual_seed(seed)
+def new_optimizers(model: PhiForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embedding, head, norms and biases; at one learning rate.
+
+    Muon (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks") is scaled to AdamW's size of step.
+    """
+    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    outside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." not in name]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    adamw = [{"params": outside, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(inside, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True),
+    ]
+
+
+def new_model(args: argparse.Namespace) -> PhiForCausalLM:
+    """Random Phi: half of each head rotary, no dropout; attention and GELU sped up."""
+    torch.manual_seed(args.seed)
     config = PhiConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
+        hidden_size=args.width,
+        intermediate_size=4 * args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
         max_position_embeddings=WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         bos_token_id=END_ID,
         eos_token_id=END_ID,
     )
-    model = PhiForCausalLM(config)
+    start: Path | None = args.start_from
+    model = PhiForCausalLM.from_pretrained(start, dtype=torch.float32) if start else PhiForCausalLM(config)
     AttentionInterface.register("causal_blocks", causal_attention)
     AttentionMaskInterface.register("causal_blocks", lambda *_, **__: None)
     model.set_attn_implementation("causal_blocks")
     for layer in model.model.layers:
         layer.mlp.activation_fn = nn.GELU(approximate="tanh")  # gelu_new in one pass instead of six
-    return model
+    if not start:
+        plant_copying(model)
+    return model.train()
+
+
+@torch.no_grad()
+def plant_copying(model: PhiForCausalLM) -> None:
+    """Start with an induction circuit, which finds what followed a token before and says it again.
+
+    Without it, no copying had formed after 7 M tokens: a list that comes twice was no more foreseeable the second time.
+    The circuit is that of Olsson et al. 2022, "In-context Learning and Induction Heads", in half the heads of the
+    first two layers; training does with it what it likes.
+
+        layer 0   attends one token back, by position alone (its biases), and writes down a projection A of that token
+        layer 1   looks for places where A of the token before is A of the token here; writes B of the token there
+        layer 2.. write B of what they attend to, but where they look is left to training
+        output    reads B: the rows of lm_head begin as B of their tokens
+    """
+    width, head = model.config.hidden_size, model.config.hidden_size // model.config.num_attention_heads
+    rotary = head // 2
+    angles = 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
+    sharpness = math.sqrt(16 * math.sqrt(head))  # a score of 16 per frequency, where the distance is one
+    embedding = model.model.embed_tokens.weight
+    embedding.mul_(0.5 / embedding.std())  # or what layer 0 adds would drown it
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    said = torch.zeros_like(embedding)
+    for number in range(model.config.num_attention_heads // 2):
+        rows, half = slice(number * head, (number + 1) * head), slice(number * head, number * head + rotary)
+        rest = slice(number * head + rotary, (number + 1) * head)  # the part without positions
+        a, written, b, out = (torch.linalg.qr(torch.randn(width, head))[0] for _ in range(4))
+        first.q_proj.bias[half] = sharpness * torch.cat([torch.ones(rotary // 2), torch.zeros(rotary // 2)])
+        first.k_proj.bias[half] = sharpness * torch.cat([angles.cos(), angles.sin()])
+        first.v_proj.weight[rows], first.dense.weight[:, rows] = a.T, written
+        second.q_proj.weight[rows], second.k_proj.weight[rows] = 0.0, 0.0
+        second.q_proj.weight[rest] = 2.45 * a[:, : head - rotary].T
+        second.k_proj.weight[rest] = 2.45 * written[:, : head - rotary].T
+        second.v_proj.weight[rows], second.dense.weight[:, rows] = b.T, 2.0 * out
+        said += embedding @ b @ out.T
+        for layer in model.model.layers[2:]:
+            layer.self_attn.v_proj.weight[rows], layer.self_attn.dense.weight[:, rows] = b.T, out
+    model.lm_head.weight.copy_(said / said.norm(dim=1, keepdim=True))
 
 
 def causal_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, *, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: None,
+    *,
+    scaling: float,
+    blocks: list[Tensor] | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention by batched products, 128 queries at a time against the keys up to them.
+    """Causal attention by batched products, QUERY_BLOCK queries at a time against the keys up to them.
 
     On CPU at 256 to 1024 positions it takes about half the time of the flash kernel, whose backward is slow.
 
     Args:
         query, key, value: (B, heads, T, width).
+        blocks: of `blocks_of`, where rows hold several documents.
 
     Returns:
         (B, T, heads, width), and no attention weights.
@@ -250,45 +335,79 @@ def causal_attention(
     batch, heads, length, width = query.shape
     query, key, value = (x.to(torch.bfloat16).flatten(0, 1) for x in (query * scaling, key, value))
     outputs = []
-    for start in range(0, length, 128):
-        end = min(start + 128, length)
-        future = torch.full((end - start, end), float("-inf"), dtype=query.dtype).triu(start + 1)
+    for number, start in enumerate(range(0, length, QUERY_BLOCK)):
+        end = min(start + QUERY_BLOCK, length)
+        if blocks:
+            block = blocks[number]
+        else:
+            block = torch.full((1, end - start, end), float("-inf"), dtype=query.dtype).triu(start + 1)
         with torch.autocast("cpu", enabled=False):  # or softmax would be cast to float32
-            scores = torch.baddbmm(future.unsqueeze(0), query[:, start:end], key[:, :end].transpose(1, 2))
+            scores = torch.baddbmm(block, query[:, start:end], key[:, :end].transpose(1, 2))
             outputs.append(torch.bmm(scores.softmax(-1), value[:, :end]))
     return torch.cat(outputs, dim=1).view(batch, heads, length, width).transpose(1, 2), None
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to FINAL_FRACTION of the peak."""
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to FINAL_FRACTION."""
     warmup = min(WARMUP_STEPS, max(1, steps // 10))
     if step < warmup:
-        return PEAK_LEARNING_RATE * (step + 1) / warmup
+        return (step + 1) / warmup
     cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    return PEAK_LEARNING_RATE * (FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine)
+    return FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine
 
 
-def windows_of_step(ids: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
+def windows_of_step(ids: Tensor, starts: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
     """Inputs and their next tokens at a step, both (B, T) with T from CONTEXT_LENGTHS.
 
-    An epoch cuts `ids` into windows at an offset of its own and shuffles them.
+    Each window begins at one of `starts`, in an order drawn anew for each pass over them.
     """
-    num_windows = (len(ids) - WINDOW) // WINDOW
-    per_step = TOKENS_PER_STEP // WINDOW
-    epoch, index = divmod(step, num_windows // per_step)
-    rng = np.random.default_rng((seed, epoch))
-    offset = int(rng.integers(WINDOW))
-    chosen = rng.permutation(num_windows)[index * per_step : (index + 1) * per_step]
-    spans = torch.stack([ids[start : start + WINDOW + 1] for start in (offset + chosen * WINDOW).tolist()])
     length = CONTEXT_LENGTHS[step % len(CONTEXT_LENGTHS)]
-    return spans[:, :-1].reshape(-1, length), spans[:, 1:].reshape(-1, length)
+    per_step = TOKENS_PER_STEP // min(CONTEXT_LENGTHS)
+    epoch, index = divmod(step, len(starts) // per_step)
+    chosen = np.random.default_rng((seed, epoch)).permutation(len(starts))[index * per_step :][
+        : TOKENS_PER_STEP // length
+    ]
+    spans = torch.stack([ids[start : start + length + 1] for start in starts[chosen].tolist()])
+    return spans[:, :-1], spans[:, 1:]
+
+
+def window_starts(ids: Tensor) -> Tensor:
+    """(N,) places in `ids` where a document begins, or where one longer than that has gone on for WINDOW tokens.
+
+    So the beginning of a document, to which its end looks back, is in the window, or the document is a long one.
+    """
+    ends = torch.nonzero(ids == END_ID).flatten()
+    begins = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1] + 1])
+    starts = torch.cat(
+        [torch.arange(begin, end + 1, WINDOW) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+    )
+    return starts[starts + WINDOW < len(ids)]
+
+
+def blocks_of(inputs: Tensor, heads: int) -> list[Tensor]:
+    """What is added to the scores of (B, T) inputs, so that each token sees its own document up to itself.
+
+    Returns:
+        For each QUERY_BLOCK queries, (B * heads, queries, keys up to the last of them) of 0 and -inf.
+    """
+    document = (inputs == END_ID).cumsum(1) - (inputs == END_ID).long()
+    length = inputs.shape[1]
+    place = torch.arange(length)
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        seen = (document[:, start:end, None] == document[:, None, :end]) & (place[start:end, None] >= place[:end])
+        block = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, float("-inf"))
+        blocks.append(block.repeat_interleave(heads, 0))
+    return blocks
 
 
 def backward(model: PhiForCausalLM, inputs: Tensor, targets: Tensor) -> float:
     """Add the gradients of the mean next-token loss, and return that loss in nats."""
     nats = 0.0
+    blocks = blocks_of(inputs, model.config.num_attention_heads)
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=inputs, use_cache=False, blocks=blocks).last_hidden_state
         leaf = hidden.detach().requires_grad_()
         # The head goes 512 tokens at a time: its float32 logits then stay in cache, twice as fast.
         for some, labels in zip(leaf.flatten(0, 1).split(512), targets.flatten().split(512), strict=True):
@@ -301,15 +420,18 @@ def backward(model: PhiForCausalLM, inputs: Tensor, targets: Tensor) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: PhiForCausalLM, ids: Tensor) -> float:
-    """Mean nats per token over (N,) `ids` in windows of HELD_OUT_LENGTH; the ragged end is left out."""
-    used = (len(ids) - 1) // HELD_OUT_LENGTH * HELD_OUT_LENGTH
-    inputs, targets = (part.view(-1, HELD_OUT_LENGTH) for part in (ids[:used], ids[1 : used + 1]))
-    nats = 0.0
-    for some, labels in zip(inputs.split(4), targets.split(4), strict=True):
+    """Mean nats per token over the documents in (N,) `ids`, each on its own, up to HELD_OUT_LENGTH tokens of it."""
+    ends = (torch.nonzero(ids == END_ID).flatten() + 1).tolist()
+    documents = [ids[start:end][: HELD_OUT_LENGTH + 1] for start, end in pairwise([0, *ends])]
+    documents.sort(key=len)
+    nats, count = 0.0, 0
+    for first in range(0, len(documents), 16):
+        rows = nn.utils.rnn.pad_sequence(documents[first : first + 16], batch_first=True, padding_value=-100)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=some, use_cache=False).logits
-        nats += F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
-    return nats / used
+            logits = model(input_ids=rows[:, :-1].clamp(min=0), use_cache=False).logits
+        nats += F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+        count += int((rows[:, 1:] >= 0).sum())
+    return nats / count
 
 
 def write_asset(args: argparse.Namespace, model: PhiForCausalLM, data: dict[str, Any], step: int, curve: list) -> None:
@@ -350,13 +472,26 @@ def model_card(
         unfinished="" if step == args.steps else f"\n**Half-trained: step {step:,} of {args.steps:,}.**\n",
         sources="\n".join(f"| {text} | {n:,} | {size / 1e6:.1f} |" for text, (n, size) in totals.items()),
         recipe=f"{seen / 1e6:.1f} M tokens seen, {seen / num_train:.1f} times the {num_train / 1e6:.2f} M "
-        f"there are,\nin {step:,} steps of {TOKENS_PER_STEP:,}, at a learning rate of {PEAK_LEARNING_RATE:g}",
+        f"there are,\nin {step:,} steps of {TOKENS_PER_STEP:,}, at a learning rate of {args.learning_rate:g}",
         rows="\n".join(f"| {at:,} | {at * TOKENS_PER_STEP / 1e6:.1f} | {a:.3f} | {b:.3f} |" for at, a, b in curve),
         num_held_out=f"{num_held_out:,}",
+        tried="" if args.start_from else TRIED,
+        prose=f"{'--whole --megabytes 60 ' if args.start_from else ''}--output_dir {args.corpus[-1]}",
+        options=f"{args.corpus[-1]} --steps {args.steps} --seed {args.seed}"
+        + (f" --start_from {args.start_from} --learning_rate {args.learning_rate}" if args.start_from else ""),
+        before=training_before(args.start_from),
         loss=f"{loss:.3f} nats per token, "
         f"{loss / math.log(2) * num_held_out / data['held_out_bytes']:.3f} bits per byte",
         args=args,
     )
+
+
+def training_before(start: Path | None) -> str:
+    """The chapter on training of the card in `start`, to go under that of a training which went on from there."""
+    if not start:
+        return ""
+    card = (start / "README.md").read_text(encoding="utf-8")
+    return "\n## Training before that\n" + card.partition("## Training\n")[2]
 
 
 CARD = """---
@@ -369,14 +504,17 @@ tags: [phi, toy]
 # tiny-phi
 
 A Phi of {parameters} M parameters, with which every part of the pipeline runs in seconds on a laptop, without
-a network. It is a toy: it has the form of Phi-2, not its knowledge.
+a network. It has the form of Phi-2, not its knowledge: it has read health and government pages, and files of invented
+insurance claims, enough to copy a claim number out of a prompt and to know which paper answers which denial in that
+invented world.
 {unfinished}
 ## Limits
 
-It writes sentences that look like health and government prose and mean little; what it states is often
-false. It gives no medical, insurance, legal or other advice, and nothing it writes may be used as such.
-Results on it say that the code works, not how well Phi-2 would do. It has read English only, mostly medical,
-and was never shown the project's instruction template.
+Outside its invented claims it writes sentences that look like health and government prose and mean little; what it
+states is often false, and dates and sums that it works out are often wrong. It gives no medical, insurance, legal or
+other advice, and nothing it writes may be used as such. Results on it say that the code works and how settings compare,
+not how well Phi-2 would do. It has read English only. It was never shown the project's instruction template, nor a
+validation or test record of the packaged claims, nor a scenario of theirs.
 
 ## Shape
 
@@ -386,7 +524,7 @@ and was never shown the project's instruction template.
 | layers | {num_hidden_layers}, {hidden_size} wide, {intermediate_size} inside |
 | heads | {num_attention_heads} in each layer, half of each rotary |
 | longest input | {max_position_embeddings} tokens |
-| vocabulary | {vocab_size}: byte-level BPE of the same text, each digit a token |
+| vocabulary | {vocab_size}: byte-level BPE; digits two by two, and the space before a digit or a capital apart |
 | special token | `<|endoftext|>`, both bos and eos; no pad token |
 
 ## Data
@@ -407,22 +545,48 @@ project is.
 
 ## Training
 
-{recipe} after a warm-up, then a cosine to a tenth of it.
-Contexts of 256, 512 and 1,024 tokens; AdamW, weight decay 0.1; bfloat16 autocast over float32 weights; no
-dropout.
+{recipe} after a warm-up, then a cosine to a twentieth of it.
+Five steps of six in windows of 512 tokens, one in 1,024, each from the beginning of a document, attention inside
+documents alone; Muon for the matrices of the layers, AdamW for the rest, weight decay 0.1; bfloat16 autocast over
+float32 weights; no dropout.
 
 | step | M tokens | training loss | held-out loss |
 |---|---|---|---|
 {rows}
 
-Losses are in nats per token; the training loss is the mean since the row above. One document in a hundred
-was held out, {num_held_out} tokens in all. As saved, in bfloat16, in contexts of 512, their loss is
+{tried}Losses are in nats per token; the training loss is the mean since the row above. One document in two hundred
+was held out, {num_held_out} tokens in all. As saved, in bfloat16, over the first 512 tokens of each, their loss is
 **{loss}.** Many medical documents share stock
-paragraphs with others, which flatters these figures.
+paragraphs with others, and claims prose is composed, which flatters these figures.
 
 Built by
 
-    python scripts/build_tiny_phi.py --corpus CORPUS_DIR --steps {args.steps} --seed {args.seed}
+    python scripts/build_claims_prose.py {prose}
+    python scripts/build_tiny_phi.py --corpus CORPUS_DIR {options}
+{before}"""
+
+
+# Of the packaged weights, by hand: what was tried before the long run.
+TRIED = """Copying was planted in the first layers before training (`plant_copying`): without it an earlier run of
+7 M tokens had learned to copy nothing. Of three shapes tried for about two minutes each, on an earlier text with AdamW
+and nothing planted, this one learned fastest (held-out loss as saved):
+
+| layers x width x heads | M parameters | steps | held-out loss |
+|---|---|---|---|
+| 6 x 256 x 8 | 6.84 | 260 | 3.809 |
+| 5 x 320 x 10 | 8.79 | 207 | 3.988 |
+| 8 x 192 x 6 | 5.14 | 235 | 4.190 |
+
+Optimizers in this shape on this text, 240 steps and two and a half minutes each:
+
+| optimizer | learning rate | layers that begin to copy | held-out loss |
+|---|---|---|---|
+| AdamW | 1.5e-3 | the first two | 2.632 |
+| AdamW | 1.5e-3 | all | 2.713 |
+| Muon | 1.5e-3 | the first two | 2.705 |
+| Muon | 4e-3 | all | 2.088 |
+| Muon | 8e-3 | all | 1.897 |
+
 """
 
 

@@ -66,6 +66,7 @@ def fit(
     def run(*arguments: object) -> Ended:
         runs = tmp_path / "runs"
         fixed = ["--config", TINY_CONFIG, "--model.base", native_folder, "--trainer.default_root_dir", runs]
+        fixed += ["--data.max_length", 512]  # the small base has no more positions
         started = time.monotonic()
         code = main(["fit", *map(str, fixed), *map(str, arguments)])
         captured = capsys.readouterr()
@@ -295,6 +296,7 @@ def test_a_setting_that_would_be_ignored_or_fail_late_is_refused_at_once(
     arguments: list[str], told: str, native_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = ["--trainer.default_root_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"]
+    root += ["--data.max_length", "512"]  # the small base has no more positions
     assert main(["fit", "--config", str(TINY_CONFIG), "--model.base", str(native_folder), *root, *arguments]) == 2
     shown = capsys.readouterr().err
     assert told in shown

