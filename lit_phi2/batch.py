@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+MPS_MULTIPLE = 128  # tokens: MPS keeps memory for every shape it has seen, so there are to be few
 IGNORE_INDEX = -100  # the index that torch's cross_entropy skips by default
 TEMPLATE_VERSION = 1  # of data/prompts.py; kept with every adapter, which answers only the prompts that it learned
 
@@ -48,7 +49,7 @@ class Batch:
 
     Attributes:
         input_ids: (B, T) int64; 0 at padding.
-        position_ids: (B, T) int64; restarts at every example, and at every padding token.
+        position_ids: (B, T) int64; restarts at every example, and where padding begins.
         labels: (B, T) int64; IGNORE_INDEX at prompts and padding.
         record_ids: the records in it, to name them when something is wrong.
         num_tokens: of the records, without padding.
@@ -68,12 +69,25 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device; Lightning calls this."""
+        batch = pad_rows(self, MPS_MULTIPLE) if torch.device(device).type == "mps" else self
         return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
+            batch,
+            input_ids=batch.input_ids.to(device, non_blocking=non_blocking),
+            position_ids=batch.position_ids.to(device, non_blocking=non_blocking),
+            labels=batch.labels.to(device, non_blocking=non_blocking),
         )
+
+
+def pad_rows(batch: Batch, multiple: int) -> Batch:
+    """The same batch with rows as long as a multiple of so many tokens; what is added counts as one more example."""
+    rows, length = batch.input_ids.shape
+    added = -length % multiple
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, batch.input_ids.new_zeros(rows, added)], 1),
+        position_ids=torch.cat([batch.position_ids, torch.arange(added).expand(rows, added)], 1),
+        labels=torch.cat([batch.labels, batch.labels.new_full((rows, added), IGNORE_INDEX)], 1),
+    )
 
 
 @dataclass(slots=True)

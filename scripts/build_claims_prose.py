@@ -3,11 +3,12 @@
     scripts/claims/ -> OUTPUT_DIR/claims_{questions,sentences,files,guides,drills}.txt, documents apart by <|endoftext|>
 
     python scripts/build_claims_prose.py --output_dir build/prose
+    python scripts/build_claims_prose.py --whole --output_dir build/prose-whole    requests with their whole answers
 
 It is made of the training scenarios alone: none of validation or test, no gold record, never the instruction template.
 Names, numbers and dates are drawn anew in each document, so that the only way to foretell one in an answer is to look
-it up in the notice. Most documents ask for many such values in few words; whole answers are rare, for to compose
-them is what fine-tuning is to teach.
+it up in the notice. Most documents ask for many such values in few words, with few whole answers: those come last, by
+--whole, where a file goes on from request to request. To answer one in the template and stop is left to fine-tuning.
 """
 
 import argparse
@@ -16,13 +17,22 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from claims.compose import FORMS, PROMPTS, Category, compose_answer, fill_values, load_categories, scenarios_of
-from claims.world import KINDS, Kind, draw_values, in_dollars, in_words, people_of
+from claims.compose import (
+    FORMS,
+    PROMPTS,
+    Category,
+    compose_answer,
+    fill_values,
+    in_some_tone,
+    load_categories,
+    scenarios_of,
+)
+from claims.world import KINDS, Kind, capitalized, draw_values, in_dollars, in_words, people_of
 
 Scenario = tuple[Category, Category, Kind]  # category, case, kind of plan
 # Of the characters.
 SHARES = {"questions": 0.45, "sentences": 0.25, "files": 0.1, "guides": 0.05, "drills": 0.15}
-WHOLE_SHARES = {"questions": 0.15, "files": 0.7, "guides": 0.05, "drills": 0.1}
+WHOLE_SHARES = {"questions": 0.12, "requests": 0.8, "guides": 0.04, "drills": 0.04}
 
 HEADS = {
     "explain": (
@@ -47,6 +57,19 @@ RECAPS = (
     "Paper to find: {document}",
     "{member}, {id}. {plan}. {service}. Reference {claim}. Dated {notice_date}.",
     "Last day: {deadline}, which is {days} days from {notice_date}. File {claim}, {plan}.",
+)
+# What stands before a request, and before its answer.
+REQUESTS = (
+    ("", ""),
+    ("Q: ", "A: "),
+    ("> ", ""),
+    ("Task: ", "Done: "),
+    ("Message\n", "Reply\n"),
+    ("Asked for: ", "Written:\n"),
+    ("From the front desk: ", "Back to the front desk:\n"),
+    ("- ", "-- "),
+    ("To do\n", "Sent\n"),
+    ("* ", "\n"),
 )
 PURPOSES = {"explain": "in answering it", "draft": "in a letter about it", "require": "in a submission"}
 QUESTIONS = {
@@ -185,6 +208,25 @@ def write_file(rng: random.Random, scenarios: list[Scenario]) -> str:
     return "\n\n".join(rng.choice(orders))
 
 
+def write_requests(rng: random.Random, scenarios: list[Scenario]) -> str:
+    """What came in about one claim, what was asked for about it, one thing after another, and what was written."""
+    category, kind, _, values, came_in, shows_sums = write_notice(rng, scenarios)
+    before_ask, before_answer = rng.choice(REQUESTS)
+    between = rng.choice(("\n", "\n\n"))
+    parts = []
+    for form in rng.sample(FORMS, rng.choice((1, 2, 2, 3, 3))):
+        parts.append(before_ask + in_some_tone(rng, rng.choice(category["asks"][form])))
+        number = rng.randrange(len(category["answers"][form]))
+        own = values | {"doctor": values["my doctor" if form == "draft" else "your doctor"]}
+        own["Doctor"] = capitalized(own["doctor"])
+        answer = compose_answer(rng, category, kind, form, number, own, shows_sums and form == "explain")
+        parts.append(before_answer + answer)
+    parts.insert(rng.choice((0, 1)), came_in)  # before the first request, or after it
+    if rng.random() < 0.3:
+        parts.append(rng.choice(RECAPS).format(**values))
+    return between.join(parts)
+
+
 def write_guide(rng: random.Random, scenarios: list[Scenario]) -> str:
     """What is known of one kind of denial: its papers, case by case, and the words that matter."""
     category = rng.choice(scenarios)[0]
@@ -232,6 +274,7 @@ WRITERS: dict[str, Callable[[random.Random, list[Scenario]], str]] = {
     "questions": write_questions,
     "sentences": write_sentences,
     "files": write_file,
+    "requests": write_requests,
     "guides": write_guide,
     "drills": write_drill,
 }
@@ -241,7 +284,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("build/prose"))
     parser.add_argument("--megabytes", type=float, default=80.0)
-    parser.add_argument("--whole", action="store_true", help="mostly files with a whole answer: the end of training")
+    parser.add_argument(
+        "--whole", action="store_true", help="mostly requests, each with its whole answer: the end of training"
+    )
     parser.add_argument("--seed", type=int, default=0, help="that of the corpus: it decides which scenarios train")
     args = parser.parse_args()
     shares = WHOLE_SHARES if args.whole else SHARES

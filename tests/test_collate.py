@@ -16,9 +16,9 @@ def test_examples_of_a_row_stand_side_by_side_and_short_rows_are_padded() -> Non
     assert batch.input_ids.tolist() == [[11, 12, 13, 14, 21, 22, 0], [31, 32, 0, 0, 0, 0, 0]]
 
 
-def test_positions_restart_at_every_example_and_at_every_padding_token() -> None:
+def test_positions_restart_at_every_example_and_where_padding_begins() -> None:
     batch = collate([A, B, C], [(0, 1), (2,)])
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]]
 
 
 def test_labels_name_their_own_token_and_prompts_and_padding_have_none() -> None:
@@ -31,7 +31,7 @@ def test_the_first_label_of_every_example_is_ignored() -> None:
     """So that no example is asked to foretell its neighbour's first token."""
     batch = collate([A, B, C], [(1, 0, 2), (0, 1)])
     starts = batch.position_ids == 0
-    assert starts.sum() == 5 + 2  # examples, and padding tokens of the second row
+    assert starts.sum() == 5 + 1  # examples, and the padding of the second row
     assert set(batch.labels[starts].tolist()) == {_}
 
 

@@ -1,10 +1,10 @@
 """Collate: lay the examples of a row side by side, and stack rows into a Batch.
 
-    position   0 1 2 3 | 0 1 2 | 0 0
+    position   0 1 2 3 | 0 1 2 | 0 1
     example    A A A A | B B B | . .      (. is padding)
 
 Positions restart at every example. That restart is how attention knows where one ends, so a row must reach the model
-with its positions, no attention mask and no cache (`model/phi2.py`). Every padding token is an example of its own.
+with its positions, no attention mask and no cache (`model/phi2.py`). The padding of a row counts as one more example.
 
 Nothing is cut or dropped here; an example longer than a row was settled in `encode.py`.
 """
@@ -41,6 +41,7 @@ def collate(examples: Sequence[Example], rows: Sequence[Row], *, share: float = 
             position_ids[line, start:end] = torch.arange(end - start)
             labels[line, start + example.prompt_length : end] = ids[example.prompt_length :]
             start = end
+        position_ids[line, start:] = torch.arange(size[1] - start)
     record_ids = [examples[index].id for row in rows for index in row]
     supervised = sum(examples[index].supervised_tokens for row in rows for index in row)
     return Batch(input_ids, position_ids, labels, record_ids, sum(num_tokens), supervised, share, seed)

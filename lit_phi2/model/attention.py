@@ -1,4 +1,4 @@
-"""Attention inside packed rows: every example attends to itself alone, causally, and no T x T mask is ever built.
+"""Attention inside packed rows: every example attends to itself alone, causally.
 
     Wqkv's output (N, 3, H, d) -> rotary on q and k -> example by example: softmax(q k^T) v -> (N, H, d)
 
@@ -8,6 +8,7 @@ Plain batched products over one example are faster on a CPU than its flash kerne
 more than any product of the layer. On CUDA one call of the variable-length flash kernel does the whole batch.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,46 +21,83 @@ Span = tuple[int, int]  # where an example begins and ends among the N tokens
 QUERIES = 256  # rows of scores that are held at a time: memory for them is linear in the length of an example
 
 
-def example_spans(position_ids: Tensor) -> list[Span]:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the examples of a batch lie; made once, used by every layer.
+
+    Attributes:
+        spans: of the examples; they cover the N tokens.
+        ends: (examples + 1,) int32 on CUDA, 0 and where each example ends; else None.
+        seen: (B, 1, T, T) bool on MPS, which key each query attends to; else None.
+    """
+
+    spans: list[Span]
+    ends: Tensor | None = None
+    seen: Tensor | None = None
+
+
+def example_layout(position_ids: Tensor) -> Layout:
     """Where the examples of a batch begin and end.
 
     Args:
         position_ids: (B, T), 0 where an example begins.
 
-    >>> example_spans(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]))
+    >>> example_layout(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]])).spans
     [(0, 3), (3, 5), (5, 7), (7, 8), (8, 9), (9, 10)]
     """
     flat = position_ids.flatten()
     starts = torch.nonzero(flat == 0).flatten().tolist()
-    return list(zip(starts, [*starts[1:], len(flat)], strict=True))
+    spans = list(zip(starts, [*starts[1:], len(flat)], strict=True))
+    if position_ids.device.type == "cuda":
+        ends = torch.tensor([0, *(end for _, end in spans)], dtype=torch.int32, device=position_ids.device)
+        return Layout(spans, ends=ends)
+    if position_ids.device.type == "mps":
+        return Layout(spans, seen=seen_keys(position_ids))
+    return Layout(spans)
 
 
-def attend(qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[Span], *, scaling: float, dropout: float = 0.0) -> Tensor:
+def seen_keys(position_ids: Tensor) -> Tensor:
+    """(B, 1, T, T): whether a key is of the same example as the query, and not after it."""
+    example = (position_ids == 0).cumsum(1)
+    place = torch.arange(position_ids.shape[1], device=position_ids.device)
+    seen = (example[:, :, None] == example[:, None, :]) & (place[:, None] >= place)
+    return seen[:, None]
+
+
+def attend(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, *, scaling: float, dropout: float = 0.0) -> Tensor:
     """Causal attention of every example to itself.
 
     Args:
         qkv: (N, 3, H, d), before rotary.
         cos, sin: (N, R / 2) of each token's position, for the first R of the d elements of queries and keys.
-        spans: of example_spans; they cover the N tokens.
+        layout: of the N tokens.
         scaling: of the scores.
         dropout: of the attention weights.
 
     Returns:
         (N, H, d).
     """
-    if qkv.device.type == "cpu" and not dropout:
-        mixed: Tensor = _AttendByExample.apply(qkv, cos, sin, spans, scaling)
+    if qkv.device.type == "cpu" and layout.seen is None and not dropout:
+        mixed: Tensor = _AttendByExample.apply(qkv, cos, sin, layout.spans, scaling)
         return mixed
     query, key = rotate(qkv[:, :2], cos, sin).unbind(1)
     value = qkv[:, 2]
-    if qkv.device.type == "cuda" and not dropout and qkv.dtype in (torch.bfloat16, torch.float16):
-        ends = torch.tensor([0, *(end for _, end in spans)], dtype=torch.int32, device=qkv.device)
-        longest = max(end - start for start, end in spans)
-        output = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
+    if layout.seen is not None:  # shapes that depend on the batch's alone: MPS keeps memory for every new shape
+        # (B, H, T, d)
+        query, key, value = (x.unflatten(0, (len(layout.seen), -1)).transpose(1, 2) for x in (query, key, value))
+        masked = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=layout.seen, dropout_p=dropout, scale=scaling
+        )
+        return masked.transpose(1, 2).flatten(0, 1)
+    if layout.ends is not None and not dropout and qkv.dtype in (torch.bfloat16, torch.float16):
+        longest = max(end - start for start, end in layout.spans)
+        output = varlen_attn(
+            query, key, value, layout.ends, layout.ends, longest, longest, scale=scaling, window_size=(-1, 0)
+        )
         assert isinstance(output, Tensor)
         return output
     parts = []
-    for start, end in spans:
+    for start, end in layout.spans:
         q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
         part = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
         parts.append(part.transpose(0, 1))

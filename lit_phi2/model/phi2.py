@@ -3,29 +3,35 @@
     hidden (B, T, D) -> Wqkv -> (B, T, 3 D) -> q, k, v -> rotary -> attention -> dense
 
 The recipe names `Wqkv`, as Phi-2 was first published. transformers keeps q_proj, k_proj and v_proj apart, where PEFT
-finds no Wqkv and says nothing. An ordinary checkpoint is fused while it is loaded, exactly: rows of weights are moved,
+finds no Wqkv and says nothing. An ordinary checkpoint is fused while it is read, exactly: rows of weights are moved,
 none is computed.
 
 `hidden_states` is the way through the model while it learns or is measured: only what training needs, with packed
 examples kept apart. transformers' own forward, with masks and cache, serves generation; tests hold the two together.
 """
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.phi.modeling_phi import PhiAttention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.phi.modeling_phi import (
+    PhiAttention,
+    PhiRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from lit_phi2.base import Base
 from lit_phi2.errors import InputError
-from lit_phi2.model.attention import Span, attend, example_spans
+from lit_phi2.model.attention import Layout, attend, example_layout
 
 
 class FusedPhiAttention(PhiAttention):
@@ -71,7 +77,7 @@ class FusedPhiAttention(PhiAttention):
 
 
 class FusedPhiForCausalLM(PhiForCausalLM):
-    """transformers' Phi with FusedPhiAttention in every layer; reads checkpoints of the ordinary class.
+    """transformers' Phi with FusedPhiAttention in every layer; load_phi2 fills it from an ordinary checkpoint.
 
     Raises:
         InputError: the config asks for grouped keys and values or for normed queries, which no Phi-2 has.
@@ -90,43 +96,69 @@ class FusedPhiForCausalLM(PhiForCausalLM):
                 layer.mlp.activation_fn = nn.GELU(approximate="tanh")
 
 
-# Keyed by class name, which transformers looks up before the model type: the native Phi is untouched.
-register_checkpoint_conversion_mapping(
-    FusedPhiForCausalLM.__name__,
-    [
-        WeightConverter(
-            [f"self_attn.{projection}_proj.{part}" for projection in "qkv"],
-            f"self_attn.Wqkv.{part}",
-            [Concatenate(dim=0)],
-        )
-        for part in ("weight", "bias")
-    ],
-)
-
-
 def load_phi2(base: Base, dtype: torch.dtype) -> FusedPhiForCausalLM:
     """The base on the CPU, in eval mode, its weights in dtype; nothing is downloaded here.
+
+    Tensor by tensor, so that no more of the files is in memory than the tensor being copied: a float16 Phi-2 of 5.6 GB
+    takes 5.6 GB in bfloat16 and never twice that.
 
     Raises:
         InputError: a weight is missing, left over, of another shape, or its file is damaged.
     """
+    config = PhiConfig.from_pretrained(base.folder, local_files_only=True)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = FusedPhiForCausalLM(config)
+    nn.Module.to(model, dtype).to_empty(device="cpu")
+    model.model.rotary_emb = PhiRotaryEmbedding(config)  # its frequencies are computed, not saved
+    places = dict(_native_places(model))
+    faults: dict[str, list[str]] = {"missing keys": [], "mismatched keys": [], "unexpected keys": []}
+    missing = set(places)
     try:
-        loaded: Any = FusedPhiForCausalLM.from_pretrained(
-            base.folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        for name, weight in _read_weights(base.folder):
+            if name not in places:
+                faults["unexpected keys"].append(name)
+            elif weight.shape != places[name].shape:
+                faults["mismatched keys"].append(name)
+            else:
+                places[name].copy_(weight)
+            missing.discard(name)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model.base: the weights in {base.folder} cannot be read ({error}). Get them anew."
         ) from error
-    model: FusedPhiForCausalLM
-    model, report = loaded
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report[kind]:  # transformers would fill a gap with random numbers and warn
+    faults["missing keys"] = sorted(missing)
+    for kind, names in faults.items():
+        if names:
             raise InputError(
-                f"model.base: the weights in {base.folder} do not fit its config.json: {kind.replace('_', ' ')}, the "
-                f"first of {len(report[kind])} is {min(map(str, report[kind]))}. Get them anew."
+                f"model.base: the weights in {base.folder} do not fit its config.json: {kind}, the first of "
+                f"{len(names)} is {min(names)}. Get them anew."
             )
-    return model
+    return model.eval()
+
+
+def _native_places(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Each weight of the ordinary Phi and the memory that it goes to: the rows of Wqkv are q's, then k's, then v's."""
+    for name, parameter in model.named_parameters():
+        if ".Wqkv." not in name:
+            yield name, parameter.data
+            continue
+        for projection, rows in zip("qkv", parameter.data.chunk(3), strict=True):
+            yield name.replace(".Wqkv.", f".{projection}_proj."), rows
+
+
+def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint, one after another, each mapped to its file until it is let go."""
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    for shard in shards:
+        with safe_open(folder / shard, "pt") as file:
+            names = list(file.keys())
+        for name in names:  # opened anew for each: what was read stays in memory until the file is closed
+            with safe_open(folder / shard, "pt") as file:
+                yield name, file.get_tensor(name)
 
 
 def linear_layers(base: Base) -> dict[str, int]:
@@ -152,26 +184,26 @@ def hidden_states(
         activation_checkpointing: keep the input of each block alone, and work the block out again in backward.
     """
     phi = model.model
-    spans = example_spans(position_ids)
+    layout = example_layout(position_ids)
     hidden = phi.embed_dropout(phi.embed_tokens(input_ids.flatten()))
     cos, sin = phi.rotary_emb(hidden, position_ids.flatten()[None])
     half = cos.shape[-1] // 2  # transformers holds each angle twice
     cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
     for layer in phi.layers:
         if activation_checkpointing and torch.is_grad_enabled():
-            hidden = checkpoint(_block, layer, hidden, cos, sin, spans, use_reentrant=False)
+            hidden = checkpoint(_block, layer, hidden, cos, sin, layout, use_reentrant=False)
         else:
-            hidden = _block(layer, hidden, cos, sin, spans)
+            hidden = _block(layer, hidden, cos, sin, layout)
     return phi.final_layernorm(hidden).view(*input_ids.shape, -1)
 
 
-def _block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, spans: list[Span]) -> Tensor:
+def _block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     """A block of Phi, (N, D) -> (N, D): attention and MLP side by side, both reading the same normed input."""
     attention, mlp = layer.self_attn, layer.mlp
     normed = layer.input_layernorm(hidden)
     qkv = attention.Wqkv(normed).view(len(hidden), 3, -1, attention.head_dim)
     dropout = attention.attention_dropout if layer.training else 0.0
-    mixed = attend(qkv, cos, sin, spans, scaling=attention.scaling, dropout=dropout)
+    mixed = attend(qkv, cos, sin, layout, scaling=attention.scaling, dropout=dropout)
     attended = layer.resid_dropout(attention.dense(mixed.flatten(1)))
     thought = layer.resid_dropout(mlp.fc2(mlp.activation_fn(mlp.fc1(normed))))
     total: Tensor = attended.add_(thought).add_(hidden)

@@ -110,19 +110,15 @@ def fill_values(
     values["next"] = kind.next_medical if category["name"] in MEDICAL else kind.next_other
     values["after"] = f"the {values['next']}" if values["next"] in (STATE, LABOR) else values["next"]
     values |= {"who": person.who, "I": person.I, "my": person.my, "me": person.me}
-    values["doctor"] = person.my_doctor if form == "draft" else person.doctor
+    values |= {"my doctor": person.my_doctor, "your doctor": person.doctor}
+    values["doctor"] = values["my doctor" if form == "draft" else "your doctor"]
     values["signer"] = person.signer.format(**values)
     return values | {capitalized(key): capitalized(value) for key, value in values.items() if key != "I"}
 
 
 def compose_prompt(rng: random.Random, ask: str, values: dict[str, str], person: Person) -> tuple[str, str, bool]:
     """An instruction, its input, and whether sums are shown. Every value that an answer copies stands in them."""
-    tone = rng.choice(list(PROMPTS["tones"]))
-    ask = rng.choice(PROMPTS["tones"][tone]).format(ask=ask)
-    if tone == "rushed":
-        ask = ask.lower()
-    if tone == "misspelt":
-        ask = misspell(rng, ask.lower())
+    ask = in_some_tone(rng, ask)
     if rng.random() < ALONE:
         name = rng.choice(PROMPTS["names"][person.key]).format(**values)
         told = re.sub(r"\s+", " ", rng.choice(PROMPTS["alone"]).format(**values, name=name)).strip()
@@ -130,6 +126,14 @@ def compose_prompt(rng: random.Random, ask: str, values: dict[str, str], person:
     layout = rng.choice(list(PROMPTS["inputs"]))
     context = rng.choice(PROMPTS["inputs"][layout]).format(**values)
     return ask, re.sub(r" +(\n|$)", r"\1", context), layout == "eob"
+
+
+def in_some_tone(rng: random.Random, ask: str) -> str:
+    tone = rng.choice(list(PROMPTS["tones"]))
+    ask = rng.choice(PROMPTS["tones"][tone]).format(ask=ask)
+    if tone == "rushed":
+        return ask.lower()
+    return misspell(rng, ask.lower()) if tone == "misspelt" else ask
 
 
 def misspell(rng: random.Random, text: str) -> str:
