@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -82,10 +83,11 @@ def encode(
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of texts, with nothing added and no text taken for a special token."""
-    ids: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    return ids
+    engine: Any = tokenizer.backend_tokenizer  # every base has a tokenizer.json, hence one
+    engine.encode_special_tokens = True
+    engine.no_truncation()
+    engine.no_padding()
+    return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _responses(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Record]) -> list[list[int]]:
