@@ -32,7 +32,7 @@ from claims.world import KINDS, Kind, capitalized, draw_values, in_dollars, in_w
 Scenario = tuple[Category, Category, Kind]  # category, case, kind of plan
 # Of the characters.
 SHARES = {"questions": 0.45, "sentences": 0.25, "files": 0.1, "guides": 0.05, "drills": 0.15}
-WHOLE_SHARES = {"questions": 0.12, "requests": 0.8, "guides": 0.04, "drills": 0.04}
+WHOLE_SHARES = {"questions": 0.12, "requests": 0.74, "sorted": 0.06, "guides": 0.04, "drills": 0.04}
 
 HEADS = {
     "explain": (
@@ -71,6 +71,7 @@ REQUESTS = (
     ("To do\n", "Sent\n"),
     ("* ", "\n"),
 )
+WANTED = {"explain": "an explanation", "draft": "a letter", "require": "a list of what to send"}
 PURPOSES = {"explain": "in answering it", "draft": "in a letter about it", "require": "in a submission"}
 QUESTIONS = {
     "claim": (
@@ -227,6 +228,19 @@ def write_requests(rng: random.Random, scenarios: list[Scenario]) -> str:
     return between.join(parts)
 
 
+def write_sorted(rng: random.Random, scenarios: list[Scenario]) -> str:
+    """Requests as they came in, each with what it wants and what it is about."""
+    lines = [rng.choice(("Mail, sorted", "Who gets what", "Requests of today"))]
+    pattern = rng.choice(
+        ("{ask} ({wanted}; {name})", "{wanted}, {name}: {ask}", "{ask}\n   wants {wanted}", "{wanted} | {ask}")
+    )
+    for _ in range(rng.randint(8, 14)):
+        category, form = rng.choice(scenarios)[0], rng.choice(FORMS)
+        ask = in_some_tone(rng, rng.choice(category["asks"][form]))
+        lines.append(pattern.format(ask=ask, wanted=WANTED[form], name=category["name"]))
+    return "\n".join(lines)
+
+
 def write_guide(rng: random.Random, scenarios: list[Scenario]) -> str:
     """What is known of one kind of denial: its papers, case by case, and the words that matter."""
     category = rng.choice(scenarios)[0]
@@ -275,6 +289,7 @@ WRITERS: dict[str, Callable[[random.Random, list[Scenario]], str]] = {
     "sentences": write_sentences,
     "files": write_file,
     "requests": write_requests,
+    "sorted": write_sorted,
     "guides": write_guide,
     "drills": write_drill,
 }

@@ -4,9 +4,11 @@
 
     python scripts/build_claims_prose.py --output_dir build/prose
     python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose --steps 6800 --output_dir build/stage1
-    python scripts/build_claims_prose.py --whole --megabytes 60 --output_dir build/prose-whole
-    python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose-whole --steps 1300 --start_from build/stage1 \
-        --learning_rate 4e-3 --work_dir build/tiny-phi-2
+    python scripts/build_claims_prose.py --whole --megabytes 120 --output_dir build/prose-whole
+    python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose-whole --steps 2600 --start_from build/stage1 \
+        --learning_rate 4e-3 --work_dir build/tiny-phi-2 --output_dir build/stage2
+    python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose-whole --steps 3200 --start_from build/stage2 \
+        --learning_rate 5e-3 --work_dir build/tiny-phi-3
 
 In:  any folders of UTF-8 *.txt. Documents stand apart by a line <|endoftext|> or, in a file without one, by an
      empty line before a line that is not indented (as MedQuAD is laid out: question, answer, empty line).
@@ -476,7 +478,7 @@ def model_card(
         rows="\n".join(f"| {at:,} | {at * TOKENS_PER_STEP / 1e6:.1f} | {a:.3f} | {b:.3f} |" for at, a, b in curve),
         num_held_out=f"{num_held_out:,}",
         tried="" if args.start_from else TRIED,
-        prose=f"{'--whole --megabytes 60 ' if args.start_from else ''}--output_dir {args.corpus[-1]}",
+        prose=f"{'--whole --megabytes 120 ' if args.start_from else ''}--output_dir {args.corpus[-1]}",
         options=f"{args.corpus[-1]} --steps {args.steps} --seed {args.seed}"
         + (f" --start_from {args.start_from} --learning_rate {args.learning_rate}" if args.start_from else ""),
         before=training_before(args.start_from),

@@ -1,0 +1,259 @@
+"""Measure the fast path against its limits: tokenizing, starting, time and memory by size, time by kind of operation.
+
+    python scripts/measure.py tokens --base FOLDER --records FILE     encode against tokenizers' own encode_batch
+    python scripts/measure.py start                                  --help, and the first step of quickstart's fit
+    python scripts/measure.py sizes --base FOLDER                   a step by length and number of rows
+    python scripts/measure.py kinds --base FOLDER                   where the time of a step goes, ours and PEFT's
+
+Figures of one machine at one time: compare those of one run only.
+"""
+
+import argparse
+import gc
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench import RANK, forget_peak, peak_gib, product_rates
+
+LENGTHS, BATCHES = (128, 256, 512, 1024, 2048), (1, 2, 4, 8)
+EXAMPLE = 128  # tokens of a synthetic example, half of them learned
+# Kind -> names of torch's operators, as a profile tells them; the first kind that fits counts.
+KINDS = {
+    "products": ("mm", "addmm", "linear"),
+    "attention": ("bmm", "baddbmm", "softmax", "scaled_dot_product", "flash"),
+    "activation": ("gelu", "pow", "tanh"),
+    "norm and dropout": ("layer_norm", "dropout", "bernoulli"),
+    "casts and copies": ("copy_", "cat", "to_copy", "clone", "contiguous", "fill_", "zero_"),
+    "head's softmax": ("exp", "logsumexp", "log_softmax", "nll", "amax", "argmax", "gather", "scatter"),
+    "optimizer": ("adam",),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tokens", "start", "sizes", "kinds"])
+    parser.add_argument("--base", default="tiny", help="as model.base")
+    parser.add_argument("--records", default="claims:train", help="as data.train_files")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    args = parser.parse_args()
+    {"tokens": tokens, "start": start, "sizes": sizes, "kinds": kinds}[args.what](args)
+
+
+def tokens(args: argparse.Namespace) -> None:
+    """Records a second of encode, and of encode_batch on the same strings; alternating."""
+    from tokenizers import Tokenizer
+
+    from lit_phi2.base import find_base, load_tokenizer
+    from lit_phi2.data.encode import encode
+    from lit_phi2.data.prompts import format_prompt
+    from lit_phi2.data.records import Fields, read_records
+
+    base = find_base(args.base)
+    records, _ = read_records([args.records], Fields(), needs_response=True)
+    records = (records * (1 + 4000 // len(records)))[:4000]
+    strings = [text for r in records for text in (format_prompt(r.instruction, r.input), r.response)]
+    bare, tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json")), load_tokenizer(base)
+    shares = []
+    for _ in range(args.rounds):
+        began = time.perf_counter()
+        found = bare.encode_batch(strings, add_special_tokens=False)
+        between = time.perf_counter()
+        encoded = encode(records, tokenizer, max_length=10**6)
+        ended = time.perf_counter()
+        assert sum(len(one) for one in found) == sum(len(e.ids) - 1 for e in encoded.examples)
+        shares.append((between - began) / (ended - between))
+        print(
+            f"encode_batch {len(records) / (between - began):,.0f} records/s, encode "
+            f"{len(records) / (ended - between):,.0f}: {shares[-1]:.2f} of it",
+            flush=True,
+        )
+    print(f"median {median(shares):.2f}")
+
+
+def start(args: argparse.Namespace) -> None:
+    """Seconds of --help beside a bare import of Lightning's CLI, and from start to the first optimizer step."""
+    commands = {
+        "import lightning.pytorch.cli": ["-c", "import lightning.pytorch.cli"],
+        "--help": ["-m", "lit_phi2", "--help"],
+        "fit --help": ["-m", "lit_phi2", "fit", "--help"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(args.rounds):
+        for name, command in commands.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            seconds[name].append(time.perf_counter() - began)
+    bare = seconds["import lightning.pytorch.cli"]
+    for name, taken in seconds.items():
+        ratios = [one / other for one, other in zip(taken, bare, strict=True)]
+        print(f"{name}: {median(taken):.1f} s, {median(ratios):.2f} times the import", flush=True)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.time()
+        fit = [sys.executable, "-m", "lit_phi2", "fit", "--config", "configs/tiny.yaml", "--trainer.max_steps", "1"]
+        fit += ["--trainer.log_every_n_steps", "1", "--trainer.default_root_dir", folder]
+        subprocess.run(fit, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        events = EventAccumulator(str(next(Path(folder).glob("*/version_0")))).Reload()
+        print(f"first step {events.Scalars('train/loss')[0].wall_time - began:.1f} s after the start")
+
+
+def sizes(args: argparse.Namespace) -> None:
+    """Median seconds of a step, and memory above the loaded model, by size of batch."""
+    module = load(args.base)
+    print("| rows x tokens | tokens | seconds | tokens/s | GiB above the model | MiB of logits |")
+    print("|---|---|---|---|---|---|")
+    points = []
+    for length in args.lengths:
+        for rows in args.batches:
+            batch = synthetic(rows, length, module.fused_phi.config.vocab_size)
+            before = start_watching()
+            seconds = median([timed(lambda b=batch: train_on(module, b)) for _ in range(4)][1:])  # type: ignore[misc]
+            above, count = peak_gib() - before, rows * length
+            points.append((count, seconds, above))
+            print(
+                f"| {rows} x {length} | {count:,} | {seconds:.2f} | {count / seconds:,.0f} | {above:.2f} "
+                f"| {1024 * logits_gib(module, batch):.0f} |",
+                flush=True,
+            )
+    points.sort()
+    for title, index in (("seconds", 1), ("GiB above the model", 2)):
+        values = [
+            max(point[index] for point in points if point[0] == count) for count in sorted({p[0] for p in points})
+        ]
+        counts = ", ".join(f'"{count}"' for count in sorted({p[0] for p in points}))
+        print(
+            f'\n```mermaid\nxychart-beta\n    title "A step: {title} by tokens"\n    x-axis [{counts}]\n'
+            f'    y-axis "{title}"\n    line [{", ".join(f"{value:.2f}" for value in values)}]\n```'
+        )
+
+
+def kinds(args: argparse.Namespace) -> None:
+    """Self time of operators in one step over a row of 512, by kind: PEFT's layers in transformers' Phi, and ours."""
+    from torch.profiler import ProfilerActivity, profile
+
+    module = load(args.base)
+    batch = synthetic(1, 512, module.fused_phi.config.vocab_size)
+    runs: dict[str, Callable[[], Any]] = {
+        "before": plain_step(args.base, batch),
+        "after": lambda: train_on(module, batch),
+    }
+    columns: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():
+        run()
+        with profile(activities=[ProfilerActivity.CPU]) as told:
+            run()
+        columns[name] = dict.fromkeys([*KINDS, "other"], 0.0)
+        for event in told.key_averages():
+            columns[name][kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    print("| ms in | " + " | ".join(columns) + " |\n|---|---|---|")
+    for kind in [*KINDS, "other"]:
+        print(f"| {kind} | " + " | ".join(f"{1000 * column[kind]:.0f}" for column in columns.values()) + " |")
+    print("| all | " + " | ".join(f"{1000 * sum(column.values()):.0f}" for column in columns.values()) + " |")
+    layer = module.fused_phi.model.layers[0].mlp.fc1.base_layer
+    best = max(product_rates("fc1", 512, layer.weight).values())
+    print(f"product rate {best / 1e12:.2f} TFLOP/s")
+
+
+def kind_of(operator: str) -> str:
+    name = operator.removeprefix("aten::").lower()
+    for kind, names in KINDS.items():
+        exact = {*names, *(f"{one}_" for one in names)}
+        if name in exact or (kind != "products" and any(one in name for one in names)):
+            return kind
+    return "other"
+
+
+def load(base: str) -> Any:
+    from lit_phi2.model.module import LitPhi2
+
+    module = LitPhi2(base=base, lora_r=RANK, lora_alpha=2 * RANK, dtype="bfloat16")
+    module.configure_model()
+    return module
+
+
+def synthetic(rows: int, length: int, vocabulary: int) -> Any:
+    """A batch of full rows of examples of EXAMPLE tokens, half prompt."""
+    from lit_phi2.batch import Example
+    from lit_phi2.data.collate import collate
+
+    generator = torch.Generator().manual_seed(0)
+    each = length // EXAMPLE
+    ids = torch.randint(1, vocabulary, (rows * each, EXAMPLE), generator=generator).tolist()
+    examples = [Example(str(index), own, EXAMPLE // 2) for index, own in enumerate(ids)]
+    chosen = [tuple(range(row * each, (row + 1) * each)) for row in range(rows)]
+    return collate(examples, chosen, share=2 / (rows * length))
+
+
+def train_on(module: Any, batch: Any) -> None:
+    """Forward and backward; the optimizer's share is too small to be seen."""
+    (module.loss(batch).nats * batch.share).backward()
+    module.zero_grad()
+
+
+def logits_gib(module: Any, batch: Any) -> float:
+    """Memory of the loss by itself, less the states of the supervised positions and their gradient."""
+    from lit_phi2.model.loss import causal_lm_loss
+
+    head = module.fused_phi.lm_head
+    hidden = torch.randn(*batch.labels.shape, head.in_features, dtype=head.weight.dtype, requires_grad=True)
+    before = start_watching()
+    loss = causal_lm_loss(hidden, batch.labels, head)
+    states = 2 * int(loss.tokens) * head.in_features * head.weight.itemsize
+    return max(0.0, peak_gib() - before - states / 2**30)
+
+
+def start_watching() -> float:
+    """Resident GiB now; peak_gib tells the most from here on."""
+    gc.collect()
+    forget_peak()
+    return resident_gib()
+
+
+def plain_step(base: str, batch: Any) -> Callable[[], None]:
+    """The same step by transformers' Phi and PEFT's layers, with loss over all positions, as their trainers have it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from lit_phi2.base import find_base
+
+    native = AutoModelForCausalLM.from_pretrained(find_base(base).folder, dtype=torch.bfloat16, local_files_only=True)
+    targets = ["q_proj", "k_proj", "v_proj", "fc1", "fc2"]
+    model = get_peft_model(
+        native, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    model.train()
+
+    def step() -> None:
+        model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, use_cache=False
+        ).loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def timed(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def resident_gib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) / 2**20
+
+
+if __name__ == "__main__":
+    main()
