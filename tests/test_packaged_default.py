@@ -19,13 +19,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_loss_falls_by_a_quarter_and_every_curve_of_the_contract_is_there(run: Path) -> None:
-    """The base has read such claims, though never the template, so it begins low: 0.474, and 0.300 after fit."""
+def test_the_loss_falls_by_a_fifth_and_every_curve_of_the_contract_is_there(run: Path) -> None:
+    """The base has read such claims, though never the template, so it begins low: 0.27, and 0.20 after fit."""
     events = EventAccumulator(str(run))
     events.Reload()
     losses = [event.value for event in events.Scalars("val/loss")]
     assert events.Scalars("val/loss")[0].step == 0
-    assert losses[-1] <= 0.75 * losses[0]
+    assert losses[-1] <= 0.8 * losses[0]
     assert {
         "train/loss",
         "train/grad_norm",
@@ -40,16 +40,22 @@ def test_the_loss_falls_by_a_quarter_and_every_curve_of_the_contract_is_there(ru
 
 
 @pytest.mark.slow
-def test_the_adapter_answers_with_more_of_what_is_known_and_stops(run: Path) -> None:
-    """Sixty test records, judged by `test`; the bounds leave room for another machine's rounding."""
+def test_the_adapter_answers_with_the_facts_and_stops(run: Path) -> None:
+    """Sixty test records, judged by `test`; the bounds leave room for another machine's rounding.
+
+    The base knows the facts too, but goes on with the next request where it should stop.
+    """
     assert main(["test", "--config", CONFIG, "--ckpt_path", str(run), "--answers", "60"]) == 0
     metrics = json.loads((run / "test_metrics.json").read_text("utf-8"))
-    adapter, base, nearest = (
-        {name: row["mean"] for name, row in metrics["answers"][who].items()} for who in ("adapter", "base", "nearest")
+    adapter, base, echo, nearest = (
+        {name: row["mean"] for name, row in metrics["answers"][who].items()}
+        for who in ("adapter", "base", "echo", "nearest")
     )
     assert adapter["ends by itself"] >= 0.85
-    assert adapter["length ratio"] == pytest.approx(1, rel=0.25)
-    assert adapter["facts known"] > base["facts known"]
-    assert adapter["repeated 8-gram"] < base["repeated 8-gram"]
-    assert adapter["fact recall"] > nearest["fact recall"]
+    assert base["ends by itself"] < 0.6
+    assert adapter["length ratio"] == pytest.approx(1, rel=0.2)
+    assert adapter["repeated 8-gram"] < 0.25 < base["repeated 8-gram"]
+    assert adapter["facts copied"] > 0.6
+    assert adapter["facts known"] > 0.6
+    assert adapter["fact recall"] > 0.15 + max(other["fact recall"] for other in (base, echo, nearest))
     assert metrics["test/loss"] < 1.0
