@@ -240,6 +240,13 @@ def test_a_fraction_that_leaves_a_part_empty_is_refused(fraction: float, part: s
         data.setup("fit")
 
 
+def test_bad_records_are_told_before_a_fraction_that_leaves_a_part_empty(claims: Claims) -> None:
+    """Most of a file is bad, and what is left is too little to hold a part out: the first is the cause."""
+    data = claims(train_files=[question(0), {"instruction": "Why?"}, "not json"], val_fraction=1e-9)
+    with pytest.raises(InputError, match=r"2 bad records in data\.train_files"):
+        data.setup("fit")
+
+
 def test_given_val_files_are_used_whole_and_training_records_too(claims: Claims) -> None:
     data = claims(train_files=[question(n) for n in range(20)], val_files=[question(n) for n in range(100, 107)])
     data.setup("fit")

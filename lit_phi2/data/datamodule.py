@@ -294,8 +294,9 @@ class ClaimsDataModule(LightningDataModule):
         held_out = [_hash_fraction(record) < self.val_fraction for record in records]
         train = [record for record, held in zip(records, held_out, strict=True) if not held]
         val = [record for record, held in zip(records, held_out, strict=True) if held]
+        told_first = bool(faults) and self.on_bad_record == "error"  # the bad records, of which there may be enough
         for name, part in (("training", train), ("validation", val)):
-            if records and not part:
+            if records and not part and not told_first:
                 raise InputError(
                     f"data.val_fraction: {self.val_fraction} of {len(records)} records leaves none for {name}. "
                     "Give data.val_files, or another fraction."
