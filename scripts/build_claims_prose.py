@@ -4,16 +4,23 @@
 
     python scripts/build_claims_prose.py --output_dir build/prose
     python scripts/build_claims_prose.py --whole --output_dir build/prose-whole    requests with their whole answers
+    python scripts/build_claims_prose.py --whole --among CORPUS_DIR --output_dir build/prose-retold    retold, too
 
 It is made of the training scenarios alone: none of validation or test, no gold record, never the instruction template.
 Names, numbers and dates are drawn anew in each document, so that the only way to foretell one in an answer is to look
 it up in the notice. Most documents ask for many such values in few words, with few whole answers: those come last, by
 --whole, where a file goes on from request to request. To answer one in the template and stop is left to fine-tuning.
+
+People do not write as a program does. With --among a quarter of the requests are told in pieces and in any order, among
+sentences of foreign text, with values missing, or about a service and a fact that no file here knows. The answer names
+what was told and speaks of the rest in general words: a strange request gets a plain answer, not an invented one.
 """
 
 import argparse
 import datetime
+import functools
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +40,7 @@ Scenario = tuple[Category, Category, Kind]  # category, case, kind of plan
 # Of the characters.
 SHARES = {"questions": 0.45, "sentences": 0.25, "files": 0.1, "guides": 0.05, "drills": 0.15}
 WHOLE_SHARES = {"questions": 0.12, "requests": 0.74, "sorted": 0.06, "guides": 0.04, "drills": 0.04}
+AMONG_SHARES = {"questions": 0.08, "requests": 0.56, "retold": 0.26, "sorted": 0.04, "guides": 0.03, "drills": 0.03}
 
 HEADS = {
     "explain": (
@@ -134,6 +142,58 @@ SUM_QUESTIONS = {
     ),
 }
 SIGNS = (("Q: ", "\nA: "), ("- ", " "), ("", "\n"), ("Asked: ", " Answered: "), ("> ", "\n"), ("", " "))
+# How a value is told by someone in their own words, and what an answer says where nobody told it.
+TOLD = {
+    "plan": ("{plan}", "from {plan}", "we have {plan}", "{plan} said no", "this is {plan} again", "Insurer: {plan}"),
+    "claim": ("claim {claim}", "number {claim}", "ref. {claim}", "{claim}", "their number is {claim}", "#{claim}"),
+    "member": ("I'm {member}", "for {member}", "Name: {member}", "{member} here", "it is about {member}", "{member}"),
+    "id": ("ID {id}", "policy {id}", "{id} on the card", "{id}", "my number with them is {id}"),
+    "notice_date": ("dated {notice_date}", "{notice_date}", "the letter is from {notice_date}", "on {notice_date}"),
+    "service": ("about the {service}", "they won't pay for the {service}", "{service} refused", "it was the {service}"),
+    "fact": ("{fact}", "the thing is that {fact}", "nobody there saw that {fact}", "and {fact}", "Note: {fact}"),
+    "notice": ("{notice}", "it says: {notice}", '"{notice}"', "the reason, word for word: {notice}"),
+    "limit": ("{limit}", "at the bottom: {limit}", "it also says: {limit}"),
+    "amount": ("billed {amount}", "they want {amount} from me", "{amount} in all"),
+}
+UNTOLD = {
+    "plan": "the insurer",
+    "claim": "the claim",
+    "member": "the member",
+    "id": "the member's ID",
+    "notice_date": "the date of the notice",
+    "deadline": "the last day in the notice",
+}
+STRANGE_DOCUMENT = "record that shows it"  # where the case is none that the files know
+PLAIN_ASKS = {
+    "explain": (
+        "Why did they say no, and what now?",
+        "What does this mean?",
+        "What can I do?",
+        "Is this right? Can we fix it?",
+        "Please explain it to me.",
+        "What should we do next?",
+        "Are they allowed to do that?",
+        "help, i don't understand this",
+    ),
+    "draft": (
+        "Please write to them.",
+        "Write the letter.",
+        "Can you draft the appeal?",
+        "I need something I can sign and send.",
+        "Draft it for us, short.",
+        "Put that into a letter.",
+        "write it for me please",
+    ),
+    "require": (
+        "What will they want from me?",
+        "What do we have to send?",
+        "List what must go in.",
+        "Which papers do I need?",
+        "What has to be in the request?",
+        "give me a checklist",
+    ),
+}
+JOINS = (". ", ".\n", ", ", "; ", "\n", " - ", "... ", " / ")
 GUIDES = (
     "The notice says: {notice} The {document} answers it where {fact}.",
     "For the {service}, look for the {document}; it shows that {fact}.",
@@ -228,6 +288,55 @@ def write_requests(rng: random.Random, scenarios: list[Scenario]) -> str:
     return between.join(parts)
 
 
+def write_retold(rng: random.Random, scenarios: list[Scenario], foreign: list[str]) -> str:
+    """A request in somebody's own words, in pieces among `foreign` sentences, and an answer that invents nothing."""
+    category, case, kind = rng.choice(scenarios)
+    person, form = rng.choice(people_of(category["line"])), rng.choice(FORMS)
+    if rng.random() < 0.5:  # a case that no file knows: its service and its fact are whatever was said
+        case = {"service": some_words(rng, foreign, 1, 3), "fact": some_words(rng, foreign, 5, 14)}
+        case["document"] = STRANGE_DOCUMENT
+    values = fill_values(rng, category, case, kind, person, form)
+    untold = {slot for slot in ("plan", "claim", "member", "id", "notice_date") if rng.random() < 0.25}
+    told = [slot for slot in TOLD if slot not in untold and values[slot] and (slot != "amount" or rng.random() < 0.3)]
+    pieces = [rng.choice(TOLD[slot]).format(**values) for slot in rng.sample(told, len(told))]
+    ask = rng.choice(PLAIN_ASKS[form] if rng.random() < 0.4 else category["asks"][form])
+    pieces.insert(rng.choice((0, len(pieces), rng.randint(0, len(pieces)))), in_some_tone(rng, ask))
+    for _ in range(rng.choice((0, 0, 1, 2, 3, 5))):
+        pieces.insert(rng.randint(0, len(pieces)), rng.choice(foreign))
+    join = rng.choice(JOINS)
+    came_in = "".join(piece + (rng.choice(JOINS) if rng.random() < 0.3 else join) for piece in pieces).strip()
+    if "notice_date" in untold:
+        untold.add("deadline")
+    general = {slot: UNTOLD[slot] for slot in untold}
+    values |= general | {capitalized(slot): capitalized(text) for slot, text in general.items()}
+    values["signer"] = person.signer.format(**values)
+    number = rng.randrange(len(category["answers"][form]))
+    before_ask, before_answer = rng.choice(REQUESTS)
+    answer = compose_answer(rng, category, kind, form, number, values, with_sums=False)
+    return before_ask + came_in + rng.choice(("\n", "\n\n")) + before_answer + answer
+
+
+def some_words(rng: random.Random, foreign: list[str], least: int, most: int) -> str:
+    """A run of words from somewhere in a sentence, without its stops."""
+    words = re.findall(r"[\w'-]+", rng.choice(foreign))
+    start = rng.randrange(max(1, len(words) - most))
+    return " ".join(words[start : start + rng.randint(least, most)]).lower()
+
+
+def sentences_of(folder: Path) -> list[str]:
+    """The sentences of 5 to 30 words of the folder's *.txt, in the order of the files."""
+    found = (
+        sentence
+        for path in sorted(folder.glob("*.txt"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        for sentence in re.split(r"(?<=[.?!]) +", line.strip())
+    )
+    kept = [s for s in found if 5 <= len(s.split()) <= 30 and re.search(r"[a-z]{3}", s) and "<|" not in s]
+    if not kept:
+        raise FileNotFoundError(f"{folder} holds no *.txt with sentences. Give --among a folder of text files.")
+    return kept
+
+
 def write_sorted(rng: random.Random, scenarios: list[Scenario]) -> str:
     """Requests as they came in, each with what it wants and what it is about."""
     lines = [rng.choice(("Mail, sorted", "Who gets what", "Requests of today"))]
@@ -302,9 +411,16 @@ def main() -> None:
     parser.add_argument(
         "--whole", action="store_true", help="mostly requests, each with its whole answer: the end of training"
     )
+    parser.add_argument("--among", type=Path, help="with --whole: a folder of *.txt, for requests among its sentences")
     parser.add_argument("--seed", type=int, default=0, help="that of the corpus: it decides which scenarios train")
     args = parser.parse_args()
-    shares = WHOLE_SHARES if args.whole else SHARES
+    if args.among and not args.whole:
+        parser.error("--among goes with --whole")
+    shares = AMONG_SHARES if args.among else WHOLE_SHARES if args.whole else SHARES
+    writers = WRITERS | (
+        {"retold": functools.partial(write_retold, foreign=sentences_of(args.among))} if args.among else {}
+    )
+    stage = " among" if args.among else " whole" if args.whole else ""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     scenarios = [
         (category, case, kind)
@@ -312,7 +428,7 @@ def main() -> None:
         for case, kind in scenarios_of(category, args.seed)["train"]
     ]
     for name, share in shares.items():
-        writer, rng = WRITERS[name], random.Random(f"{args.seed} {name}{' whole' if args.whole else ''}")
+        writer, rng = writers[name], random.Random(f"{args.seed} {name}{stage}")
         documents: list[str] = []
         size = 0
         while size < args.megabytes * 1e6 * share:

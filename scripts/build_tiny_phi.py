@@ -8,7 +8,10 @@
     python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose-whole --steps 2600 --start_from build/stage1 \
         --learning_rate 4e-3 --work_dir build/tiny-phi-2 --output_dir build/stage2
     python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose-whole --steps 3200 --start_from build/stage2 \
-        --learning_rate 5e-3 --work_dir build/tiny-phi-3
+        --learning_rate 5e-3 --work_dir build/tiny-phi-3 --output_dir build/stage3
+    python scripts/build_claims_prose.py --whole --among CORPUS_DIR --megabytes 120 --output_dir build/prose-retold
+    python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose-retold --steps 3200 --start_from build/stage3 \
+        --learning_rate 5e-3 --work_dir build/tiny-phi-4
 
 In:  any folders of UTF-8 *.txt. Documents stand apart by a line <|endoftext|> or, in a file without one, by an
      empty line before a line that is not indented (as MedQuAD is laid out: question, answer, empty line).
@@ -468,6 +471,7 @@ def model_card(
         total = totals.setdefault(SOURCES.get(re.split(r"[_.]", name)[0], unknown), [0, 0])
         total[0], total[1] = total[0] + documents, total[1] + size
     seen, num_train, num_held_out = step * TOKENS_PER_STEP, len(data["train"]), len(data["held_out"])
+    among = "--among CORPUS_DIR " if (args.corpus[-1] / "claims_retold.txt").is_file() else ""
     return CARD.format(
         **{key: f"{value:,}" for key, value in model.config.to_dict().items() if isinstance(value, int)},
         parameters=f"{model.num_parameters() / 1e6:.2f}",
@@ -478,7 +482,7 @@ def model_card(
         rows="\n".join(f"| {at:,} | {at * TOKENS_PER_STEP / 1e6:.1f} | {a:.3f} | {b:.3f} |" for at, a, b in curve),
         num_held_out=f"{num_held_out:,}",
         tried="" if args.start_from else TRIED,
-        prose=f"{'--whole --megabytes 120 ' if args.start_from else ''}--output_dir {args.corpus[-1]}",
+        prose=f"{f'--whole {among}--megabytes 120 ' if args.start_from else ''}--output_dir {args.corpus[-1]}",
         options=f"{args.corpus[-1]} --steps {args.steps} --seed {args.seed}"
         + (f" --start_from {args.start_from} --learning_rate {args.learning_rate}" if args.start_from else ""),
         before=training_before(args.start_from),
