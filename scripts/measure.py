@@ -4,6 +4,7 @@
     python scripts/measure.py start                                  --help, and the first step of quickstart's fit
     python scripts/measure.py sizes --base FOLDER                   a step by length and number of rows
     python scripts/measure.py kinds --base FOLDER                   where the time of a step goes, ours and PEFT's
+    python scripts/measure.py compile --base FOLDER                 steps with torch.compile, and without
 
 Figures of one machine at one time: compare those of one run only.
 """
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,14 +41,14 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tokens", "start", "sizes", "kinds"])
+    parser.add_argument("what", choices=["tokens", "start", "sizes", "kinds", "compile"])
     parser.add_argument("--base", default="tiny", help="as model.base")
     parser.add_argument("--records", default="claims:train", help="as data.train_files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     args = parser.parse_args()
-    {"tokens": tokens, "start": start, "sizes": sizes, "kinds": kinds}[args.what](args)
+    {"tokens": tokens, "start": start, "sizes": sizes, "kinds": kinds, "compile": compiled}[args.what](args)
 
 
 def tokens(args: argparse.Namespace) -> None:
@@ -164,6 +166,49 @@ def kinds(args: argparse.Namespace) -> None:
     layer = module.fused_phi.model.layers[0].mlp.fc1.base_layer
     best = max(product_rates("fc1", 512, layer.weight).values())
     print(f"product rate {best / 1e12:.2f} TFLOP/s")
+
+
+def compiled(args: argparse.Namespace) -> None:
+    """Seconds of a step over rows of 512 in ever new layouts: as it is, and with the blocks compiled around attention.
+
+    Attention goes through the examples of a row one by one, so compiled it would be made anew for every row.
+    """
+    from lit_phi2.model import phi2
+
+    module = load(args.base)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = module.fused_phi.config.vocab_size
+    batches = [uneven(generator, vocabulary) for _ in range(8)]
+    ways = {
+        "as it is": (phi2._block, phi2.attend),
+        "compiled": (torch.compile(phi2._block, dynamic=True), torch.compiler.disable(phi2.attend)),
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
+
+    def run() -> None:
+        for batch in batches:
+            train_on(module, batch)
+
+    for number in range(args.rounds):
+        for name, (block, attend) in ways.items():
+            phi2._block, phi2.attend = block, attend
+            took[name].append(timed(run) / len(batches))
+            print(f"round {number + 1}, {name}: {took[name][-1]:.2f} s a step", flush=True)
+    steady = median(a / b for a, b in zip(*(took[name][1:] for name in ("as it is", "compiled")), strict=True))
+    first = len(batches) * (took["compiled"][0] - median(took["compiled"][1:]))
+    whole = 1000 * median(took["as it is"][1:]) / (first + 1000 * median(took["compiled"][1:]))
+    print(f"compiled: {steady:.2f} times as fast once made, {first:.0f} s to make; over 1,000 steps {whole:.2f} times")
+
+
+def uneven(generator: torch.Generator, vocabulary: int) -> Any:
+    """A batch of one row of 512 tokens, cut into examples anywhere, half of each learned."""
+    from lit_phi2.batch import Example
+    from lit_phi2.data.collate import collate
+
+    cuts = torch.randperm(63, generator=generator)[:3].sort().values.add(1).mul(8).tolist()
+    ids = [torch.randint(1, vocabulary, (b - a,), generator=generator).tolist() for a, b in pairwise([0, *cuts, 512])]
+    examples = [Example(str(index), own, len(own) // 2) for index, own in enumerate(ids)]
+    return collate(examples, [tuple(range(len(examples)))], share=1 / 256)
 
 
 def kind_of(operator: str) -> str:

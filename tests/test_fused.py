@@ -19,7 +19,7 @@ from transformers import PhiConfig
 from lit_phi2.base import TINY, find_base, load_tokenizer
 from lit_phi2.batch import IGNORE_INDEX, Example, pad_rows
 from lit_phi2.data.collate import collate
-from lit_phi2.model import attention, loss
+from lit_phi2.model import attention, loss, phi2
 from lit_phi2.model.attention import Layout, attend, example_layout, rotate, seen_keys
 from lit_phi2.model.lora import FusedLora, fuse_lora, trained_parameters
 from lit_phi2.model.loss import causal_lm_loss
@@ -207,21 +207,49 @@ def test_attention_with_dropout_drops_and_keeps_the_mean() -> None:
     assert (drawn.mean(0) - plain).abs().max() < 5 * drawn.std(0).max() / 3000**0.5
 
 
+def test_gradcheck_of_the_residual_sum() -> None:
+    hidden, attended, thought = (torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    keep = torch.rand(2, 5, 6) > 0.3
+    assert torch.autograd.gradcheck(
+        lambda *tensors: phi2._AddDropped.apply(*tensors, keep[0], keep[1], 1.5), (hidden, attended, thought)
+    )
+    total = phi2._AddDropped.apply(hidden, attended, thought, keep[0], keep[1], 1.5)
+    torch.testing.assert_close(total, hidden + 1.5 * attended * keep[0] + 1.5 * thought * keep[1])
+
+
+def test_residual_dropout_drops_its_share_everywhere_and_is_drawn_from_the_default_generator() -> None:
+    """A tenth of 400,000: a share within five standard deviations, in each of the four places of a number of 64 bits,
+    and no more alike from one place or draw to the next than chance has it."""
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, second = phi2._kept(torch.empty(1000, 400), 6554), phi2._kept(torch.empty(1000, 400), 6554)
+    p, spread = 6554 / 2**16, (0.1 * 0.9 / 100_000) ** 0.5
+    for place in range(4):
+        assert abs((~first).flatten()[place::4].float().mean() - p) < 5 * spread
+        both = (~first).flatten()[place::4] & (~second).flatten()[place::4]
+        neighbours = (~first).flatten()[place::4] & (~first).flatten().roll(-1)[place::4]
+        for shared in (both, neighbours):
+            assert abs(shared.float().mean() - p * p) < 5 * (p * p / 100_000) ** 0.5
+    torch.set_rng_state(state)
+    assert torch.equal(phi2._kept(torch.empty(1000, 400), 6554), first)
+    assert phi2._kept(torch.empty(3, 3), 0).all()  # numbers of elements that four do not divide
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck_of_the_head(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "LOGITS_BYTES", 2 * 11 * 16)  # two positions at a time
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 3 * 7 * 16)  # of seven positions, three of the eleven tokens at a time
     head = nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(False)
     hidden = torch.randn(1, 9, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[IGNORE_INDEX, 3, 4, IGNORE_INDEX, 10, 0, 1, 2, 2]])
     assert torch.autograd.gradcheck(lambda hidden: causal_lm_loss(hidden, labels, head).nats * 0.7, (hidden,))
 
 
-@pytest.mark.parametrize("positions_at_a_time", [1, 4, 1000])
-def test_a_frozen_head_in_chunks_gives_what_a_trained_one_gives(
-    positions_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tokens_at_a_time", [1, 4, 1000])
+def test_a_frozen_head_in_slices_gives_what_a_trained_one_gives(
+    tokens_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference: torch's cross entropy, on the way that a head with gradients takes."""
-    monkeypatch.setattr(loss, "LOGITS_BYTES", positions_at_a_time * 11 * 16)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", tokens_at_a_time * 16 * 16)  # 16 positions of 16 bytes
     head = nn.Linear(6, 11, dtype=torch.float64)
     hidden = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 11, (2, 9))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812  the name that torch's own do
 from lit_phi2.base import Base
 from lit_phi2.batch import TEMPLATE_VERSION
 from lit_phi2.errors import InputError
-from lit_phi2.files import replace_file
+from lit_phi2.files import digest, replace_file
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
 
 CONFIG_FILE = "adapter_config.json"  # PEFT's names
@@ -249,10 +249,12 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         inference_mode=True,
     ).to_dict()
     config["target_modules"] = targets  # PEFT holds a set, whose order changes from run to run
+    native = to_native(adapter.weights)
     identity = {**adapter.base, **asdict(adapter.shape), "template_version": adapter.template_version}
-    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(to_native(adapter.weights), path, {"format": "pt"}))
-    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2, default=str) + "\n"))
-    replace_file(folder / IDENTITY_FILE, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n"))
+    identity["weights_digest"] = _weights_digest(native)
+    replace_file(folder / WEIGHTS_FILE, save(native, {"format": "pt"}))
+    replace_file(folder / CONFIG_FILE, json.dumps(config, indent=2, default=str) + "\n")
+    replace_file(folder / IDENTITY_FILE, json.dumps(identity, indent=2) + "\n")
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -272,9 +274,14 @@ def read_checkpoint(path: Path) -> tuple[Adapter, dict[str, Any]]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return adapter_from_state(checkpoint["lit_phi2"], checkpoint["state_dict"]), checkpoint
+        expected = checkpoint.pop("digest")
+        adapter = adapter_from_state(checkpoint["lit_phi2"], checkpoint["state_dict"])
+        found = digest(checkpoint)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
         raise InputError(f"{path}: is not a whole checkpoint of lit_phi2 ({type(error).__name__}).") from error
+    if found != expected:
+        raise InputError(f"{path}: is damaged: its digest is {found[:16]}, but {str(expected)[:16]} was written.")
+    return adapter, checkpoint
 
 
 def adapter_to_state(adapter: Adapter) -> dict[str, Any]:
@@ -341,6 +348,10 @@ def from_native(weights: Mapping[str, Tensor], *, source: str) -> dict[str, Tens
     return fused
 
 
+def _weights_digest(native: Mapping[str, Tensor]) -> str:
+    return digest(dict(sorted(native.items())))
+
+
 def _read_folder(folder: Path) -> Adapter:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
@@ -351,6 +362,12 @@ def _read_folder(folder: Path) -> Adapter:
         raise InputError(
             f"{folder}: is not a folder with a whole adapter ({CONFIG_FILE}, {WEIGHTS_FILE}): {error}"
         ) from error
+    expected = identity.get("weights_digest")  # not in an adapter that others wrote
+    if expected not in (None, found := _weights_digest(native)):
+        raise InputError(
+            f"{folder / WEIGHTS_FILE}: is damaged: its digest is {found[:16]}, {IDENTITY_FILE} tells "
+            f"{str(expected)[:16]}. Export it anew."
+        )
     plain = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
     for key, expected in plain.items():
         if config.get(key, expected) != expected:

@@ -70,34 +70,46 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy of a frozen head, a chunk of positions at a time, so that logits never take more than LOGITS_BYTES.
+    """Cross-entropy of a frozen head, a slice of the vocabulary at a time, so that logits take LOGITS_BYTES at most.
 
-    The gradient of the hidden states is worked out right away, in the memory of the logits, so that backward only has
-    to scale it.
+    The softmax is carried from slice to slice by its largest logit and its sum, as online softmax does (Milakov and
+    Gimelshein 2018, arXiv:1805.02867), so every product has all positions and every weight is read once each way. The
+    gradient of the hidden states is gathered on the way; backward only has to scale it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        wants_grad = ctx.needs_input_grad[0]
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        nats = torch.zeros((), dtype=exact, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        grad = torch.empty_like(hidden) if wants_grad else None
-        rows = max(1, LOGITS_BYTES // (len(weight) * (exact.itemsize + hidden.dtype.itemsize)))
-        for start in range(0, len(hidden), rows):
-            labels = targets[start : start + rows, None]
-            logits = F.linear(hidden[start : start + rows], weight, bias).to(exact)
-            correct += (logits.argmax(-1, keepdim=True) == labels).sum()
-            largest = logits.amax(-1, keepdim=True)
-            nats -= (logits.gather(-1, labels) - largest).sum()
-            total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-            nats += total.log().sum()
-            if grad is not None:
-                share = logits.div_(total)  # softmax; less one at the target it is the gradient
-                share.scatter_add_(-1, labels, torch.full_like(total, -1.0))
-                torch.mm(share.to(hidden.dtype), weight, out=grad[start : start + rows])
+        column = hidden.new_zeros(len(hidden), 1, dtype=exact)
+        largest, total, at_target = torch.full_like(column, float("-inf")), column.clone(), column.clone()
+        best = torch.zeros_like(targets)
+        # Of the other tokens: their weights, each times exp(its logit - largest).
+        mixed = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
+        width = max(1, LOGITS_BYTES // (len(hidden) * (exact.itemsize + hidden.dtype.itemsize)))
+        for start in range(0, len(weight), width):
+            part = weight[start : start + width]
+            logits = F.linear(hidden, part, None if bias is None else bias[start : start + width]).to(exact)
+            here = torch.nonzero((targets >= start) & (targets < start + len(part))).flatten()
+            answers = targets[here] - start
+            at_target[here, 0] = logits[here, answers]
+            top, index = logits.max(-1, keepdim=True)
+            best = torch.where((top > largest).flatten(), index.flatten() + start, best)
+            before, largest = largest, torch.maximum(largest, top)
+            shrink = (before - largest).exp_()
+            terms = logits.sub_(largest).exp_()
+            total = total.mul_(shrink).add_(terms.sum(-1, keepdim=True))
+            if mixed is not None:
+                # Not the target's: where it is nearly sure, its share less one is small, and would drown in rounding.
+                terms[here, answers] = 0
+                mixed.mul_(shrink).add_(terms.to(hidden.dtype) @ part)
+        nats = (largest + total.log() - at_target).sum()
+        grad = None
+        if mixed is not None:
+            missing = (at_target - largest).exp_().div_(total).sub_(1)  # softmax at the target, less one
+            grad = mixed.div_(total).addcmul_(missing, weight[targets].to(exact)).to(hidden.dtype)
+        correct = (best == targets).sum()
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(correct)
         return nats, correct

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.cache_utils import Cache
@@ -204,7 +205,48 @@ def _block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout)
     qkv = attention.Wqkv(normed).view(len(hidden), 3, -1, attention.head_dim)
     dropout = attention.attention_dropout if layer.training else 0.0
     mixed = attend(qkv, cos, sin, layout, scaling=attention.scaling, dropout=dropout)
-    attended = layer.resid_dropout(attention.dense(mixed.flatten(1)))
-    thought = layer.resid_dropout(mlp.fc2(mlp.activation_fn(mlp.fc1(normed))))
-    total: Tensor = attended.add_(thought).add_(hidden)
+    attended = attention.dense(mixed.flatten(1))
+    thought = mlp.fc2(mlp.activation_fn(mlp.fc1(normed)))
+    dropped = round(layer.resid_dropout.p * 2**16) if layer.training else 0
+    if dropped and hidden.device.type == "cpu":
+        keep_attended, keep_thought = _kept(hidden, dropped), _kept(hidden, dropped)
+        grow = 2**16 / (2**16 - dropped)
+        total: Tensor = _AddDropped.apply(hidden, attended, thought, keep_attended, keep_thought, grow)
+    else:
+        total = layer.resid_dropout(attended).add_(layer.resid_dropout(thought)).add_(hidden)
     return total
+
+
+def _kept(like: Tensor, dropped: int) -> Tensor:
+    """Which elements dropout keeps, bool, where it drops so many of 65,536.
+
+    Four elements to a number of 64 bits: torch draws one number after another on a CPU, and one for each element would
+    take longer than all else that stands between two products.
+    """
+    numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    return numbers.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - 2**15
+
+
+class _AddDropped(torch.autograd.Function):
+    """hidden + dropout(attended) + dropout(thought): what is kept is given, and what it is multiplied by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        attended: Tensor,
+        thought: Tensor,
+        keep_attended: Tensor,
+        keep_thought: Tensor,
+        grow: float,
+    ) -> Tensor:
+        ctx.save_for_backward(keep_attended, keep_thought)
+        ctx.grow = grow
+        return (attended * keep_attended).add_(thought * keep_thought).mul_(grow).add_(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        keep_attended, keep_thought = ctx.saved_tensors
+        grown = grad * ctx.grow
+        return grad, grown * keep_attended, grown * keep_thought, None, None, None
