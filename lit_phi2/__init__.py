@@ -3,6 +3,7 @@
 The flow, which is also the order in which to read the rooms:
 
     errors, files                errors.py, files.py    faults and their exit codes; files that survive a kill
+    what a terminal shows        terminal.py            our own lines, with control characters as numbers
     name of a base -> folder     base.py                downloaded once, or yours; its tokenizer and identity
     the values that travel       batch.py               Example, Row, Batch; the legend of axes
     device -> compute dtype      devices.py             and why
@@ -16,7 +17,7 @@ The flow, which is also the order in which to read the rooms:
     Batch -> hidden states       model/phi2.py          Phi-2 with a fused Wqkv, adapted by model/lora.py
     hidden states -> loss        model/loss.py          summed nats over supervised tokens
     prompt -> answer             generation.py          greedy decoding
-    loss -> optimizer step       model/module.py        the LightningModule
+    loss -> optimizer step       model/module.py        the LightningModule; loops.py: validations where a step ends
     what is shown and kept       callbacks/             samples, predictions, test answers, checkpoints, throughput
     answers -> figures           quality.py             fact recall and more, beside baselines such as nearest.py
 

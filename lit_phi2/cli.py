@@ -12,17 +12,18 @@ import os
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import callbacks, loggers, profilers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from tqdm import tqdm
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_phi2.base import find_base
 from lit_phi2.data.datamodule import ClaimsDataModule
@@ -30,6 +31,7 @@ from lit_phi2.errors import InputError, NonFiniteError, Stopped
 from lit_phi2.model.lora import read_adapter
 from lit_phi2.model.module import LitPhi2
 from lit_phi2.runs import find_checkpoint
+from lit_phi2.terminal import printable, set_up_logging
 from lit_phi2.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,22 @@ TRAINER_DEFAULTS = {
 }
 
 
+# What a config may name: nothing that would run code it is handed, or send anything. --allow_classes adds to it.
+_ALLOWED_CLASSES = (
+    callbacks.DeviceStatsMonitor,
+    callbacks.EarlyStopping,
+    callbacks.LearningRateMonitor,
+    callbacks.ModelCheckpoint,  # only to be refused with its own reason
+    callbacks.ModelSummary,
+    callbacks.Timer,
+    loggers.CSVLogger,
+    loggers.TensorBoardLogger,
+    profilers.AdvancedProfiler,
+    profilers.PyTorchProfiler,
+    profilers.SimpleProfiler,
+)
+_AFTER_A_FAULT = "The last checkpoint is whole; mend this and go on with fit --ckpt_path last, or run predict again."
+_LOST_PEER = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|broken pipe")
 MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
 
 
@@ -54,9 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; those of the process if None.
     """
-    _quiet_dependencies()
+    set_up_logging()
     try:
-        CLI(order_arguments(sys.argv[1:] if arguments is None else arguments))
+        rest, classes = take_allowed(sys.argv[1:] if arguments is None else arguments)
+        allow_classes(classes)
+        CLI(order_arguments(rest))
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
@@ -66,8 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, MisconfigurationException, NonFiniteError, Stopped) as error:
         if os.environ.get("LIT_PHI2_TRACEBACK") == "1":
             raise
-        print(f"\n{'stopped' if isinstance(error, Stopped) else 'error'}: {error}", file=sys.stderr)
+        said = "stopped" if isinstance(error, Stopped) else "error"
+        if rank_zero_only.rank == 0:  # every rank of several finds the same
+            print(printable(f"\n{said}: {error}"), file=sys.stderr)
         return getattr(error, "exit_code", InputError.exit_code)
+    except RuntimeError as error:
+        if os.environ.get("LIT_PHI2_TRACEBACK") == "1" or not _LOST_PEER.search(str(error)):
+            raise
+        gone = f"rank {rank_zero_only.rank}: another process of this run is gone. {_AFTER_A_FAULT}"
+        print(f"\nerror: {gone}", file=sys.stderr, flush=True)
+        os._exit(1)  # what waits for the others at exit would wait in vain
+    except OSError as error:  # a full disk, a lost permission, a folder that went away
+        if os.environ.get("LIT_PHI2_TRACEBACK") == "1":
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(printable(f"\nerror: {where}{error.strerror or error}. {_AFTER_A_FAULT}"), file=sys.stderr)
+        return 1
     return 0
 
 
@@ -87,6 +121,39 @@ def order_arguments(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     return rest[:1] + configs + rest[1:]
+
+
+def take_allowed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --allow_classes, and what it names. No config can hold it: it is about what configs may do.
+
+    >>> take_allowed(["fit", "--allow_classes", "a.B,c.D", "--config", "x.yaml"])
+    (['fit', '--config', 'x.yaml'], ['a.B', 'c.D'])
+    """
+    rest: list[str] = []
+    classes: list[str] = []
+    iterator = iter(arguments)
+    for argument in iterator:
+        name, equals, value = argument.partition("=")
+        if name == "--allow_classes":
+            classes += (value if equals else next(iterator, "")).split(",")
+        else:
+            rest.append(argument)
+    return rest, classes
+
+
+def allow_classes(classes: Sequence[str]) -> None:
+    """Let configs name these classes and a few of Lightning's, and nothing else that could be imported.
+
+    Raises:
+        InputError: one of them is no dotted path of a class.
+    """
+    ours = [f"{found.__module__}.{found.__qualname__}" for found in _ALLOWED_CLASSES]
+    short = [f"lightning.pytorch.{kind}" for kind in ("callbacks", "loggers", "profilers")]
+    public = [f"{module}.{path.rpartition('.')[2]}" for path in ours for module in short if path.startswith(module)]
+    try:
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["lit_phi2", *ours, *public, *classes])
+    except ValueError as error:
+        raise InputError(f"--allow_classes {','.join(classes)}: {error}") from error
 
 
 class Parser(LightningArgumentParser):
@@ -112,7 +179,10 @@ class CLI(LightningCLI):
             trainer_class=Trainer,
             trainer_defaults=TRAINER_DEFAULTS,
             parser_class=Parser,
-            parser_kwargs={"prog": "lit-phi2", "description": __doc__.splitlines()[0]},
+            parser_kwargs={
+                "prog": "lit-phi2",
+                "description": f"{__doc__.splitlines()[0]} --allow_classes a.B,c.D lets configs name these too.",
+            },
             auto_configure_optimizers=False,  # or --optimizer would override the module's, unasked
             load_from_checkpoint_support=False,
         )
@@ -125,6 +195,10 @@ class CLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--seed_everything", type=int, default=42, help="Of data, model and dropout alike.")
         parser.add_argument("--run_name", type=str | None, default=None, help="Names the run's folder.")
+        parser.add_argument(
+            "--checkpoint.every_n_steps", type=int | None, default=None, help="Optimizer steps between checkpoints."
+        )
+        parser.add_argument("--checkpoint.every_minutes", type=float, default=5.0, help="Likewise in time.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.base", "data.base")
@@ -145,6 +219,9 @@ class CLI(LightningCLI):
         chosen = self.config[self.config.subcommand]
         if not 0 <= chosen.seed_everything < 2**32:
             raise InputError(f"seed_everything: {chosen.seed_everything} is not between 0 and {2**32 - 1}.")
+        for key in ("every_n_steps", "every_minutes"):
+            if (value := chosen.checkpoint[key]) is not None and not value > 0:
+                raise InputError(f"checkpoint.{key}: {value} is not above 0.")
         self.run_is_named = chosen.run_name is not None or bool(configs)
         if chosen.run_name is None:
             chosen.run_name = Path(configs[-1]).stem if configs else "run"
@@ -179,9 +256,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand]
         given = self.config_init[self.subcommand].trainer
-        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
-        for callback in callbacks:
-            if isinstance(callback, Checkpoint):
+        for callback in given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]:
+            if isinstance(callback, callbacks.Checkpoint):
                 raise InputError(
                     f"trainer.callbacks: {type(callback).__name__} has no place here; every run keeps the last and the "
                     "best checkpoint itself (trainer.enable_checkpointing: false keeps none)."
@@ -202,13 +278,11 @@ class CLI(LightningCLI):
         except (TypeError, ValueError, RuntimeError, ImportError) as error:  # Lightning's own checks
             raise InputError(f"trainer: {error}") from error
         assert isinstance(trainer, Trainer)
-        if trainer.world_size > 1:
-            raise InputError(
-                f"trainer.devices: {trainer.world_size} processes were chosen, but runs of several are not ready yet; "
-                "use --trainer.devices 1."
-            )
+        _check_strategy(trainer)
         trainer.run_name = config.run_name
         trainer.run_config = self._run_config()
+        trainer.checkpoint_every_n_steps = config.checkpoint.every_n_steps
+        trainer.checkpoint_every_minutes = config.checkpoint.every_minutes
         trainer.wants_tensorboard = ours
         trainer.wants_checkpoints = given.enable_checkpointing is not False
         trainer.wants_progress = given.enable_progress_bar is not False
@@ -280,7 +354,7 @@ def check_config(path: str, known: Sequence[str]) -> None:
             raise InputError(f"{path}: unknown key {key!r}.{_nearest(key, known)}")
 
 
-_SECTIONS = ("model", "data", "trainer")
+_SECTIONS = ("model", "data", "trainer", "checkpoint")
 
 
 def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
@@ -304,6 +378,12 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 def _plain(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message without its own vocabulary, and with the nearest key."""
+    if match := re.search(r"(?s)(?:Parser key (\S+):)?.*Importing '([\w.]+)' is not allowed", message):
+        names = ", ".join(c.__name__ for c in _ALLOWED_CLASSES if not issubclass(c, callbacks.Checkpoint))
+        return (
+            f"key {match[1]}: names {match[2]}, and a config may name only {names}, so that none can run code. If you "
+            f"trust it: --allow_classes {match[2]}"
+        )
     message = message.replace("Parser key ", "key ").replace("Validation failed: ", "")
     message = re.sub(r"(a )?<class '([\w.]+)'>", r"\2", message).replace("NoneType", "null")
     union = r"Does not validate[^\[]*\[(.*)\](?s:.*?)Given value: "
@@ -364,6 +444,24 @@ def _check_trainer_settings(trainer: Any) -> None:
         raise InputError("trainer.barebones: must be false; it would drop curves, samples and checkpoints.")
 
 
+def _check_strategy(trainer: Trainer) -> None:
+    """Refuse ways of running over several devices that were made for models of which most is trained.
+
+    Raises:
+        InputError: the strategy is neither of one device nor DDP.
+    """
+    strategy = trainer.strategy
+    spawned = getattr(strategy, "_start_method", "popen") != "popen"
+    if spawned or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise InputError(
+            f"trainer.strategy: {type(strategy).__name__} has no use here: a frozen base of 2.8 B parameters with "
+            "2.3 M trained ones fits one card, so every process holds it whole. Use auto or ddp."
+        )
+    if isinstance(strategy, DDPStrategy):
+        # Every rank reads the same base and draws the same adapter; sending it 5.6 GB would change nothing.
+        strategy._ddp_kwargs.setdefault("init_sync", False)
+
+
 def _packaged(path: str) -> str:
     """The path of a config; a name such as configs/tiny.yaml is found in the package where no such file exists."""
     if path and not Path(path).exists():
@@ -377,29 +475,3 @@ def _packaged_configs() -> list[Path]:
     package = Path(__file__).parent
     folders = (package / "configs", package.parent / "configs")  # installed, and in a clone
     return sorted(next((folder for folder in folders if folder.is_dir()), package).glob("*.yaml"))
-
-
-class _BesideProgressBars(logging.Handler):
-    """Writes lines to stderr, each on a line of its own even while a progress bar is drawn."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _quiet_dependencies() -> None:
-    """Our own lines go to stderr; tips, advertising and progress of dependencies go nowhere."""
-    handler = _BesideProgressBars()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("lit_phi2")
-    ours.handlers[:] = [handler]
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "huggingface_hub", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(
-        logging.INFO
-    )  # who sets trainer.profiler wants its report
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|jsonargparse)\b")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

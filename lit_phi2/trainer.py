@@ -8,16 +8,22 @@
 The signatures are the subcommands' arguments.
 """
 
+import io
 import json
 import logging
+import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lit_phi2.callbacks import (
     AdapterCheckpoint,
@@ -27,17 +33,22 @@ from lit_phi2.callbacks import (
     SampleWriter,
     TestAnswers,
     Throughput,
+    WholeFiles,
 )
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.report import report
 from lit_phi2.errors import InputError
 from lit_phi2.files import replace_file
+from lit_phi2.loops import WindowEpochLoop
 from lit_phi2.model.lora import read_adapter, read_checkpoint, save_adapter
 from lit_phi2.model.module import LitPhi2
 from lit_phi2.quality import Table, as_plain, compare, metric_name, table
 from lit_phi2.runs import open_run, run_folder
+from lit_phi2.terminal import printable
 
 log = logging.getLogger(__name__)
+
+_RUN_FOLDER = "LIT_PHI2_RUN_FOLDER"  # tells processes that Lightning starts which folder the first has opened
 
 
 class Trainer(pl.Trainer):
@@ -49,6 +60,8 @@ class Trainer(pl.Trainer):
         wants_tensorboard: whether trainer.logger was left to us.
         wants_checkpoints: trainer.enable_checkpointing.
         wants_progress: trainer.enable_progress_bar.
+        checkpoint_every_n_steps: checkpoint.every_n_steps.
+        checkpoint_every_minutes: checkpoint.every_minutes.
     """
 
     run_name = "run"
@@ -56,6 +69,8 @@ class Trainer(pl.Trainer):
     wants_tensorboard = True
     wants_checkpoints = True
     wants_progress = True
+    checkpoint_every_n_steps: int | None = None
+    checkpoint_every_minutes: float | None = None
 
     def fit(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None = None) -> None:
         """Train the adapter.
@@ -79,18 +94,21 @@ class Trainer(pl.Trainer):
         if self.fast_dev_run:
             super().fit(model, datamodule=datamodule)
             return
-        folder = run_folder(Path(ckpt_path)) if ckpt_path else self._open_run()
+        folder = run_folder(Path(ckpt_path)) if ckpt_path else self._agree(self._open_run)
         log.info("run folder: %s", folder)
         self._keep_left_out(datamodule, folder)
         if self.wants_tensorboard:
-            # purge_step: curves written after the checkpoint by a run that was killed are not shown twice
-            purge_step = resumed["global_step"] + 1 if resumed else None
-            self.loggers = [EventLog(folder, name="", version="", default_hp_metric=False, purge_step=purge_step)]
+            if resumed and self.is_global_zero:
+                cut_back_events(folder, resumed["global_step"])
+            self.loggers = [EventLog(folder, name="", version="", default_hp_metric=False)]
         self.callbacks.append(SampleWriter(folder))
         if self.wants_checkpoints:
-            self.callbacks.append(AdapterCheckpoint(folder))
+            steps, minutes = self.checkpoint_every_n_steps, self.checkpoint_every_minutes
+            self.strategy.checkpoint_io = WholeFiles()
+            self.callbacks.append(AdapterCheckpoint(folder, every_n_steps=steps, every_minutes=minutes))
         else:
             log.warning("trainer.enable_checkpointing is false: no checkpoint and no adapter will be kept")
+        self.fit_loop.epoch_loop = WindowEpochLoop(self, self.min_steps, self.max_steps)
         if resumed:
             self.num_sanity_val_steps = 0  # the base's point of the curves is there already
         super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
@@ -141,15 +159,17 @@ class Trainer(pl.Trainer):
             self.callbacks.append(answered)
         super().test(model, datamodule=datamodule, verbose=False)
         metrics = {name: value.item() for name, value in self.callback_metrics.items()}
+        if not self.is_global_zero:
+            return
         columns = self._judge(answered, datamodule)
         for name, interval in next(iter(columns.values()), {}).items():
             if not name.startswith("category "):  # those are in the table and in the file
                 metrics[metric_name(name)] = interval.mean
         self._print_metrics(metrics)
         if columns:
-            print("\n" + table(columns))
+            print("\n" + printable(table(columns)))
         written = metrics | {"answers": as_plain(columns)}
-        replace_file(file, lambda path: path.write_text(json.dumps(written, indent=2) + "\n", "utf-8"))
+        replace_file(file, json.dumps(written, indent=2) + "\n")
         log.info("test metrics: %s", file)
 
     def predict(
@@ -171,17 +191,16 @@ class Trainer(pl.Trainer):
         _check_writable(file, f"--output {file}")
         self._evaluate("predict", model, datamodule)
         self._keep_left_out(datamodule, file.parent)
-        writer = PredictionWriter(file)
+        prompts = datamodule.splits["predict"].digest()
+        writer = PredictionWriter(file, {**model.answering_identity(), "prompts": prompts})
+        datamodule.answered = writer.read_answered()
         self.callbacks.append(writer)
-        super().predict(model, datamodule=datamodule, return_predictions=False)
-        cut = sum(answer.finish_reason == "length" for answer in writer.answers.values())
-        log.info(
-            "%d of %d records answered, %d of them cut at max_new_tokens: %s",
-            len(writer.answers),
-            len(datamodule.splits["predict"].examples),
-            cut,
-            file,
-        )
+        if datamodule.predict_batches():
+            super().predict(model, datamodule=datamodule, return_predictions=False)
+            self.strategy.barrier()
+        if self.is_global_zero:
+            writer.finish()
+            log.info("%d records answered, %d of them cut at max_new_tokens: %s", writer.written, writer.cut, file)
 
     def inspect(self, model: LitPhi2, datamodule: ClaimsDataModule) -> None:
         """Print the training and validation data in figures, and one example; no model is loaded.
@@ -191,7 +210,7 @@ class Trainer(pl.Trainer):
             datamodule: from the config.
         """
         datamodule.setup("fit")
-        print(report(datamodule))
+        print(printable(report(datamodule)))
 
     def export(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str, output_dir: str) -> None:
         """Write a checkpoint's adapter in PEFT form, for transformers' own Phi.
@@ -241,8 +260,10 @@ class Trainer(pl.Trainer):
 
     def _print_metrics(self, metrics: dict[str, float]) -> None:
         """Each metric on a line of its own: name and value."""
+        if not self.is_global_zero:
+            return
         for name, value in metrics.items():
-            print(f"{name} {value:.6f}")
+            print(printable(f"{name} {value:.6f}"))
 
     def _judge(self, answered: TestAnswers, datamodule: ClaimsDataModule) -> Table:
         """Figures of what was answered, beside the baselines; empty where nothing was."""
@@ -269,7 +290,23 @@ class Trainer(pl.Trainer):
 
     def _open_run(self) -> Path:
         folder = open_run(Path(self.default_root_dir), self.run_name)
-        replace_file(folder / "config.yaml", lambda path: path.write_text(self.run_config, "utf-8"))
+        replace_file(folder / "config.yaml", self.run_config)
+        return folder
+
+    def _agree(self, open_run: Callable[[], Path]) -> Path:
+        """The folder that rank 0 opens, on every rank."""
+        if self.world_size == 1:
+            return open_run()
+        if not self.is_global_zero and _RUN_FOLDER in os.environ:
+            return Path(os.environ[_RUN_FOLDER])
+        if self.strategy.cluster_environment.creates_processes_externally:  # torchrun, SLURM: all are here
+            self.strategy.setup_environment()
+            told: Path = self.strategy.broadcast(open_run() if self.is_global_zero else None)
+            return told
+        if not self.is_global_zero:
+            raise InputError("trainer.num_nodes: the processes of several machines are started by torchrun or SLURM.")
+        folder = open_run()
+        os.environ[_RUN_FOLDER] = str(folder)  # the others are started by Lightning from here on, and inherit it
         return folder
 
     def _keep_left_out(self, datamodule: ClaimsDataModule, folder: Path) -> None:
@@ -280,18 +317,18 @@ class Trainer(pl.Trainer):
             for use, split in datamodule.splits.items()
             for fault in split.left_out
         ]
-        if not rows:
+        if not rows or not self.is_global_zero:
             return
         log.warning("records left out: %d, each with its reason in %s", len(rows), file)
         if file.is_file():
             earlier = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
             rows = [row for row in earlier if row["files"] not in datamodule.splits] + rows
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        replace_file(file, lambda path: path.write_text("".join(lines), "utf-8"))
+        replace_file(file, lines)
 
     def _warn_about_mixed_data(self, datamodule: ClaimsDataModule) -> None:
         packaged = str(datamodule.files["train"]).startswith("claims:")
-        if datamodule.files["val"] == "claims:validation" and not packaged:
+        if str(datamodule.files["val"]).startswith("claims:") and not packaged:
             log.warning(
                 "data.val_files: validating on the packaged claims while training on other records. Give your own, or "
                 "null to hold out data.val_fraction of the training records."
@@ -313,8 +350,26 @@ class DefaultSignals(Callback):
     on_train_start = on_test_start = on_predict_start = on_validation_start
 
 
+def cut_back_events(folder: Path, step: int) -> None:
+    """Drop curves and samples that a run which was killed wrote after its last checkpoint; they will come again.
+
+    Nothing but this keeps samples from standing there twice: TensorBoard's own purge leaves texts alone.
+    """
+    for file in folder.glob("events.out.tfevents*"):
+        kept = io.BytesIO()
+        writer = RecordWriter(kept)
+        for record in RawEventFileLoader(str(file)).Load():  # ends at a record that the kill has cut
+            if Event.FromString(record).step <= step:
+                writer.write(record)
+        replace_file(file, kept.getvalue())
+
+
 class EventLog(TensorBoardLogger):
     """TensorBoard's event file and nothing else: the run is described by its config.yaml."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():  # Lightning's own would tell a full disk as a value it cannot log
+            self.experiment.add_scalar(name, value, step)
 
     def save(self) -> None:
         self.experiment.flush()

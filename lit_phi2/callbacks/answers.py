@@ -8,6 +8,7 @@ What the answers are worth is counted in `quality.py`, when the run is over.
 import logging
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_phi2.generation import Answer
@@ -42,7 +43,11 @@ class TestAnswers(Callback):
         batches = trainer.datamodule.prompt_batches("test", self.count)
         total = sum(len(batch.indices) for batch in batches)
         answers: dict[int, Answer] = {}
-        for batch in batches:
+        for batch in batches[trainer.global_rank :: trainer.world_size]:
             answers.update(zip(batch.indices, pl_module.answer(batch.prompts), strict=True))
             log.info("answered %s: %d of %d records", how, len(answers), total)
+        if trainer.world_size > 1:
+            gathered: list[dict[int, Answer]] = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, answers)
+            answers = {index: answer for part in gathered for index, answer in part.items()}
         return [answers[index] for index in range(total)]

@@ -1,22 +1,26 @@
 """Checkpoints: last.ckpt and the best by val/loss, written at the end of an optimizer step's window and nowhere else.
 
-    checkpoints/last.ckpt    after every validation, every epoch, and when the run is asked to stop
+    checkpoints/last.ckpt    after every validation and every epoch, so often as the config says, and when asked to stop
     checkpoints/best.ckpt    the one with the lowest val/loss, measured on just these weights
     adapter/                 the best, in PEFT form, at the end of fit
 
-Inside a window the gradients gathered so far would be lost, so whatever asks for a checkpoint or for a stop there (a
-validation, max_time, early stopping, a signal) waits for the window's end.
+Inside a window the gradients gathered so far would be lost, so whatever asks for a checkpoint or for a stop there
+(max_time, early stopping, a signal, the clock) waits for the window's end. And before a validation the run would go on
+without it, so what is asked for right before one waits until it is over.
 """
 
+import io
 import logging
 import math
-import shutil
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_phi2.errors import Stopped
@@ -26,21 +30,35 @@ from lit_phi2.model.lora import read_adapter, save_adapter
 log = logging.getLogger(__name__)
 
 
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, and nowhere but into its folder: Lightning's passes through /tmp."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        replace_file(Path(path), buffer.getvalue())
+
+
 class AdapterCheckpoint(Checkpoint):
     """Keeps the last and the best state of a run, and stops it cleanly.
 
     Args:
         folder: of the run.
+        every_n_steps: optimizer steps from one last.ckpt to the next, at most; None for as many as there are.
+        every_minutes: likewise in time.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, every_n_steps: int | None = None, every_minutes: float | None = None) -> None:
         self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
         self.last = folder / "checkpoints" / "last.ckpt"
         self.best = folder / "checkpoints" / "best.ckpt"
         self.best_loss = math.inf
         self._step = 0
+        self._written_at_step = 0
+        self._written_at = time.monotonic()
         self._is_best = False
-        self._write_at_window_end = False
         self._stop_at_window_end = False
         self._signal = 0
         self._handlers: dict[signal.Signals, Any] = {}
@@ -55,7 +73,8 @@ class AdapterCheckpoint(Checkpoint):
         self._take_signals()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step = self._written_at_step = trainer.global_step
+        self._written_at = time.monotonic()
         self._take_signals()
         if self._signal:
             raise Stopped("stopped before the first step; there is nothing to save.", self._signal)
@@ -66,24 +85,21 @@ class AdapterCheckpoint(Checkpoint):
         window_ended = trainer.global_step > self._step
         self._step = trainer.global_step
         if not window_ended:
-            self._postpone_stop(trainer)
+            if trainer.should_stop:
+                trainer.should_stop, self._stop_at_window_end = False, True
             return
         if self._stop_at_window_end:
             trainer.should_stop = True
-        if _epoch_ended(trainer):
-            return  # written in on_train_epoch_end, once the loops have counted the epoch
-        # The module stops a run at max_steps, but its hook comes after this one.
-        stopping = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
-        if self._write_at_window_end or self._signal or stopping:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # as the module will, whose hook comes after this one
+        if _epoch_ended(trainer) or _validation_follows(trainer):
+            return  # written in on_train_epoch_end, once the loops have counted the epoch, or in on_validation_end
+        if self._agree(trainer, self._is_due()) or self._signal or trainer.should_stop:
             self._write(trainer)
-        self._stop_if_asked()
+        self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if _inside_window(trainer):  # what is written at its end has other weights, so it cannot be the best
-            self._write_at_window_end = True
-            self._postpone_stop(trainer)
             return
         loss = float(trainer.callback_metrics.get("val/loss", math.nan))
         if loss < self.best_loss:
@@ -91,12 +107,12 @@ class AdapterCheckpoint(Checkpoint):
             self._is_best = True
         if not _epoch_ended(trainer):
             self._write(trainer)
-            self._stop_if_asked()
+            self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _epoch_ended(trainer):  # else it was stopped inside the epoch, and written then
             self._write(trainer)
-            self._stop_if_asked()
+            self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_handlers()
@@ -109,20 +125,31 @@ class AdapterCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
 
-    def _write(self, trainer: pl.Trainer) -> None:
-        self._write_at_window_end = False
-        if trainer.is_global_zero:
-            replace_file(self.last, lambda path: trainer.save_checkpoint(path, weights_only=False))
-        else:
-            trainer.save_checkpoint(self.last)  # writes nothing, but waits for rank 0 as all ranks must
-        if self._is_best and trainer.is_global_zero:
-            replace_file(self.best, lambda path: shutil.copyfile(self.last, path))
-        self._is_best = False
+    def _agree(self, trainer: pl.Trainer, due: bool) -> bool:
+        """Whether a checkpoint is due on any rank; a signal that reached one of them has then reached all."""
+        if trainer.world_size == 1:
+            return due
+        asked = torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        self._signal, due_anywhere = asked.tolist()
+        return bool(due_anywhere)
 
-    def _postpone_stop(self, trainer: pl.Trainer) -> None:
-        if trainer.should_stop:
-            trainer.should_stop = False
-            self._stop_at_window_end = True
+    def _is_due(self) -> bool:
+        steps, minutes = self._step - self._written_at_step, (time.monotonic() - self._written_at) / 60
+        return (self.every_n_steps is not None and steps >= self.every_n_steps) or (
+            self.every_minutes is not None and minutes >= self.every_minutes
+        )
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        """The state, and before it the best: a kill between the two goes back to a time when the best was not yet."""
+        for logger in trainer.loggers:
+            logger.save()  # what the curves hold up to here must be there if the run goes on from here
+        first, second = (self.best, self.last) if self._is_best else (self.last, None)
+        trainer.save_checkpoint(first, weights_only=False)  # rank 0 writes, the others wait for it
+        if second is not None and trainer.is_global_zero:
+            replace_file(second, first.read_bytes())
+        self._is_best = False
+        self._written_at_step, self._written_at = self._step, time.monotonic()
 
     def _take_signals(self) -> None:
         """From Lightning, which set its own by now: those act inside a window, and exit with other codes."""
@@ -141,7 +168,8 @@ class AdapterCheckpoint(Checkpoint):
             signal.signal(number, handler)
         self._handlers.clear()
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        self._agree(trainer, False)
         if self._signal:
             raise Stopped(
                 f"stopped and saved. To continue: python -m lit_phi2 fit --config {self.folder / 'config.yaml'} "
@@ -156,6 +184,7 @@ def _epoch_ended(trainer: pl.Trainer) -> bool:
     )
 
 
-def _inside_window(trainer: pl.Trainer) -> bool:
-    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    return ready % trainer.accumulate_grad_batches != 0 and not _epoch_ended(trainer)
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates right after this micro-batch; there is no public way to ask."""
+    loop = trainer.fit_loop
+    return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

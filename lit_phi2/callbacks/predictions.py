@@ -1,11 +1,15 @@
 """Predictions: one object a record, in the order of the input, without the prompt.
 
-    {"id", "instruction", "input", "response", "prediction", "finish_reason", "new_tokens"}
+    predictions.jsonl.part    a header, then what was answered so far, batch by batch as it came, with its index
+    predictions.jsonl         {"id", "instruction", "input", "response", "prediction", "finish_reason", "new_tokens"}
 
-Prompts are answered shortest first, so that a batch is padded little; the order is restored here.
+Prompts are answered shortest first, so that a batch is padded little; the order is restored here, at the end. A predict
+that was killed goes on from its .part, if the same model answers the same prompts.
 """
 
+import glob
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +18,41 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_phi2.batch import PromptBatch
 from lit_phi2.files import replace_file
-from lit_phi2.generation import Answer
 
 
 class PredictionWriter(Callback):
-    """Collects answers and writes them when all are there. The CLI drops what `predict` returns, so this must keep it.
+    """Appends answers as they come, and at the end sorts them into the file.
 
     Args:
         file: to write, replaced if it exists.
+        identity: what decides the answers: model and prompts.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, identity: dict[str, Any]) -> None:
         self.file = file
-        self.answers: dict[int, Answer] = {}
+        self.header = json.dumps(identity, sort_keys=True) + "\n"
+        self.written = 0
+        self.cut = 0
+
+    def read_answered(self) -> set[int]:
+        """The indices that an earlier predict of the same identity has answered; a .part of another is removed."""
+        answered: set[int] = set()
+        for part in self._parts():
+            whole = 0  # bytes: a kill may have cut the last line
+            with part.open("rb") as file:
+                if file.readline() == self.header.encode():
+                    whole = len(self.header.encode())
+                    for line in file:
+                        if not line.endswith(b"\n"):
+                            break
+                        answered.add(json.loads(line)["index"])
+                        whole += len(line)
+            if whole:
+                with part.open("r+b") as file:
+                    file.truncate(whole)
+            else:
+                part.unlink(missing_ok=True)  # every rank reads and tidies them
+        return answered
 
     def on_predict_batch_end(
         self,
@@ -37,14 +63,13 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.answers.update(zip(batch.indices, outputs, strict=True))
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = trainer.datamodule
-        lines = []
-        for index, answer in sorted(self.answers.items()):
+        part = self._part(trainer.global_rank)
+        lines = [] if part.is_file() else [self.header]
+        for index, answer in zip(batch.indices, outputs, strict=True):
             record = data.splits["predict"].records[index]
             prediction = {
+                "index": index,
                 "id": record.id,
                 "instruction": record.instruction,
                 "input": record.input,
@@ -54,4 +79,42 @@ class PredictionWriter(Callback):
                 "new_tokens": len(answer.ids),
             }
             lines.append(json.dumps(prediction, ensure_ascii=False) + "\n")
-        replace_file(self.file, lambda path: path.write_text("".join(lines), "utf-8"))
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as file:
+            file.write("".join(lines).encode())
+
+    def finish(self) -> None:
+        """Sort what all parts hold into the file, then remove them."""
+        parts = self._parts()
+        places: dict[int, tuple[Path, int]] = {}  # index -> part, offset: the texts may be more than memory holds
+        for part in parts:
+            offset = len(self.header.encode())
+            with part.open("rb") as file:
+                file.seek(offset)
+                for line in file:
+                    places[json.loads(line)["index"]] = part, offset
+                    offset += len(line)
+        replace_file(self.file, self._sorted(places))
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+    def _sorted(self, places: dict[int, tuple[Path, int]]) -> Iterator[str]:
+        files = {part: part.open("rb") for part, _ in places.values()}
+        try:
+            for _, (part, offset) in sorted(places.items()):
+                files[part].seek(offset)
+                prediction = json.loads(files[part].readline())
+                del prediction["index"]
+                self.written += 1
+                self.cut += prediction["finish_reason"] == "length"
+                yield json.dumps(prediction, ensure_ascii=False) + "\n"
+        finally:
+            for file in files.values():
+                file.close()
+
+    def _part(self, rank: int) -> Path:
+        """Each process has its own."""
+        return self.file.with_name(f"{self.file.name}.part{rank or ''}")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.part*"))

@@ -37,7 +37,7 @@ class SampleWriter(Callback):
             return
         lines = self.file.read_text("utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.global_step]
-        replace_file(self.file, lambda path: path.write_text("".join(kept), "utf-8"))
+        replace_file(self.file, kept)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.state.fn != "fit":

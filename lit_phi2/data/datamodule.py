@@ -130,6 +130,7 @@ class ClaimsDataModule(LightningDataModule):
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
+        self.answered: set[int] = set()  # of predict_files, by an earlier predict that was killed
         self._check_arguments()
 
     def setup(self, stage: str) -> None:
@@ -181,10 +182,14 @@ class ClaimsDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> "Loader[PromptBatch, PromptBatch]":
-        batches = self.prompt_batches("predict")
+        batches = self.predict_batches()
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         mine = batches[rank::world]
         return Loader(lambda: mine, lambda batch: batch, len(mine))
+
+    def predict_batches(self) -> list[PromptBatch]:
+        """The batches of prompts that are not yet answered; each is the one that it was, or rounding could differ."""
+        return [batch for batch in self.prompt_batches("predict") if not self.answered.issuperset(batch.indices)]
 
     def prompt_batches(self, use: str, count: int | None = None) -> list[PromptBatch]:
         """The prompts of the first `count` examples, or of all, shortest first, so that a batch is padded little."""
@@ -259,9 +264,11 @@ class ClaimsDataModule(LightningDataModule):
             "data.packing": self.packing,
             "data.batch_size": self.batch_size,
             "seed_everything": self.seed,
-            "trainer.accumulate_grad_batches": shape.accumulate,
-            "trainer.limit_train_batches": shape.limit,
-            "number of processes": shape.world_size,
+            # The same windows of rows on another number of processes are the same steps.
+            "rows in an optimizer step": self.batch_size * shape.accumulate * shape.world_size,
+            "trainer.limit_train_batches, of all processes": (
+                shape.limit * shape.world_size if isinstance(shape.limit, int) else shape.limit
+            ),
         }
 
     def _check_arguments(self) -> None:

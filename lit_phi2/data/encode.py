@@ -10,7 +10,7 @@ split into ordinary tokens and never read as the end token.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.batch import Example
 from lit_phi2.data.prompts import format_prompt
-from lit_phi2.data.records import Fault, Record
+from lit_phi2.data.records import Fault, Record, short
 from lit_phi2.errors import InputError
 
 OVERLONG = ("trim", "skip", "error")
@@ -66,11 +66,14 @@ def encode(
     if overlong not in OVERLONG:
         raise InputError(f"data.overlong: {overlong!r} is unknown; expected one of {', '.join(OVERLONG)}.")
     encoded = Encoded()
+    # No token covers more characters, so a text of more is too long, however it goes on; megabytes are not tokenized.
+    most_characters = (max_length + 1) * max(map(len, tokenizer.get_vocab()))
     for batch in _batched(records, _BATCH):
-        prompts = tokenize(tokenizer, [format_prompt(record.instruction, record.input) for record in batch])
-        responses = [[] for _ in batch] if not with_response else _responses(tokenizer, batch)
-        for record, prompt, response in zip(batch, prompts, responses, strict=True):
-            settled = _settle(record, prompt, response, tokenizer, max_length, overlong)
+        begun = [_beginning(record, most_characters) for record in batch]
+        prompts = tokenize(tokenizer, [format_prompt(record.instruction, record.input) for record in begun])
+        responses = [[] for _ in batch] if not with_response else _responses(tokenizer, begun)
+        for record, beginning, prompt, response in zip(batch, begun, prompts, responses, strict=True):
+            settled = _settle(record, beginning, prompt, response, tokenizer, max_length, overlong)
             if isinstance(settled, Example):
                 encoded.examples.append(settled)
                 encoded.records.append(record)
@@ -94,8 +97,17 @@ def _responses(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Record]) -> l
     return [[*ids, tokenizer.eos_token_id] for ids in tokenize(tokenizer, [record.response for record in batch])]
 
 
+def _beginning(record: Record, characters: int) -> Record:
+    """The record, each text cut to so many characters."""
+    if max(len(record.instruction), len(record.input), len(record.response)) <= characters:
+        return record
+    texts = {name: getattr(record, name)[:characters] for name in ("instruction", "input", "response")}
+    return replace(record, **texts)
+
+
 def _settle(
     record: Record,
+    beginning: Record,
     prompt: list[int],
     response: list[int],
     tokenizer: PreTrainedTokenizerBase,
@@ -105,11 +117,12 @@ def _settle(
     num_tokens = len(prompt) + len(response)
     if num_tokens <= max_length:
         return Example(record.id, prompt + response, len(prompt))
-    trimmed = _trim(record, max_length - len(response), tokenizer) if overlong == "trim" else None
+    trimmed = _trim(beginning, max_length - len(response), tokenizer) if overlong == "trim" else None
     if trimmed is not None:
         return Example(record.id, trimmed + response, len(trimmed), trimmed=True)
     raw = {name: getattr(record, name) for name in ("id", "instruction", "input", "response")}
-    message = _too_long(record, num_tokens, len(response), max_length, overlong)
+    at_least = "" if beginning is record else "at least "
+    message = _too_long(record, at_least, num_tokens, len(response), max_length, overlong)
     return Fault(record.place, message, json.dumps(raw, ensure_ascii=False))
 
 
@@ -134,11 +147,13 @@ def _trim(record: Record, room: int, tokenizer: PreTrainedTokenizerBase) -> list
     return None
 
 
-def _too_long(record: Record, num_tokens: int, response_tokens: int, max_length: int, overlong: str) -> str:
+def _too_long(
+    record: Record, at_least: str, num_tokens: int, response_tokens: int, max_length: int, overlong: str
+) -> str:
     if response_tokens >= max_length:
-        found = f"record {record.id!r} has a response of {response_tokens} tokens, end token included,"
+        found = f"record {short(record.id)!r} has a response of {at_least}{response_tokens} tokens, end token included,"
     else:
-        found = f"record {record.id!r} takes {num_tokens} tokens"
+        found = f"record {short(record.id)!r} takes {at_least}{num_tokens} tokens"
     why = ", and shortening its input section cannot make it fit" if overlong == "trim" else ""
     cure = "Raise data.max_length, or shorten the record"
     if response_tokens == 0:  # predict, where the limit is the base's context less the room for an answer

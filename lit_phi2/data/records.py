@@ -113,7 +113,8 @@ def read_records(
             if with_facts and isinstance(checked, Record):
                 checked = _with_facts(checked, row)
             if isinstance(checked, Record) and (first := seen.get(checked.id)):
-                checked = Fault(place, f"id {checked.id!r} was already used at {first}; ids must be unique.", _raw(row))
+                told = f"id {short(checked.id)!r} was already used at {first}; ids must be unique."
+                checked = Fault(place, told, _raw(row))
             elif isinstance(checked, Record):
                 seen[checked.id] = place
             records.append(checked) if isinstance(checked, Record) else faults.append(checked)
@@ -199,9 +200,23 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, _parse_json_line(line.rstrip(b"\r\n"))
 
 
+class _DuplicateKeyError(ValueError):
+    """An object that names a field twice: json would keep the last and drop the rest in silence."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise _DuplicateKeyError(f"names the field {short(twice)!r} twice; expected each name once.")
+    return found
+
+
 def _parse_json_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
+    except _DuplicateKeyError as error:
+        message = str(error)
     except UnicodeDecodeError as error:
         message = f"is not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}. Save it as UTF-8."
     except json.JSONDecodeError as error:
@@ -218,7 +233,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int | str, Any]]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: is not UTF-8. Save the file as UTF-8.") from error
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
     position = _skip_space(text, 0)
     if not text[position:]:
         return
@@ -235,6 +250,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int | str, Any]]:
         except json.JSONDecodeError as error:
             found = f"{path}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}"
             raise InputError(f"{found}; expected an array of objects.") from error
+        except _DuplicateKeyError as error:
+            raise InputError(f"{path}:{line}: {error}") from error
         except (RecursionError, ValueError) as error:
             found = f"{path}:{line}: is not valid JSON: {type(error).__name__}"
             raise InputError(f"{found}; expected objects of plain texts.") from error
@@ -279,6 +296,7 @@ def _csv_rows(path: Path, fields: Fields, needs_response: bool) -> Iterator[tupl
                 yield line, _csv_row(columns, values)
                 continue
             columns = values
+            _check_columns(f"{path}:{line}", columns)
             needed = [fields.instruction] + [fields.response] * needs_response
             if missing := [column for column in needed if column not in columns]:
                 # The names only where they look like names: a file without a header begins with a record.
@@ -288,6 +306,11 @@ def _csv_rows(path: Path, fields: Fields, needs_response: bool) -> Iterator[tupl
                     f"{path}:{line}: has no column {', '.join(map(repr, missing))}; {found}. Name "
                     "them with data.instruction_field, data.input_field, data.response_field and data.id_field."
                 )
+
+
+def _check_columns(place: str, columns: Sequence[str]) -> None:
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise InputError(f"{place}: has several columns {short(twice[0])!r}; expected each name once.")
 
 
 def _csv_row(columns: list[str], values: list[str]) -> Any:
@@ -304,8 +327,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]  # slow to import, seldom needed
 
     try:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=1000)
+        file = parquet.ParquetFile(path)
+        _check_columns(str(path), file.schema_arrow.names)
+        batches = file.iter_batches(batch_size=1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except InputError:
+        raise
     except (ArrowException, OSError, ValueError) as error:  # ValueError: a text that is not UTF-8
         raise InputError(f"{path}: cannot be read as Parquet ({type(error).__name__}: {error}).") from error
 
@@ -401,8 +428,13 @@ def _kind(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
+def short(text: str) -> str:
+    """A name to show, which in a faulty file may be megabytes long."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _listed(names: Iterable[Any]) -> str:
-    shown = [repr(str(name)) for name in names]
+    shown = [repr(short(str(name))) for name in names]
     return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "") if shown else "none"
 
 

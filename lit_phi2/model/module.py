@@ -23,6 +23,7 @@ from lit_phi2.base import find_base, load_tokenizer
 from lit_phi2.batch import Batch, PromptBatch
 from lit_phi2.devices import check_dtype, choose_dtype
 from lit_phi2.errors import InputError, NonFiniteError
+from lit_phi2.files import digest
 from lit_phi2.generation import Answer, generate
 from lit_phi2.model.lora import (
     Adapter,
@@ -100,7 +101,7 @@ class LitPhi2(LightningModule):
         self._window_nats: list[Tensor] = []
         self._window_tokens: list[Tensor] = []
         self._window_records: list[str] = []
-        self._curves: dict[str, float] = {}
+        self._window_loss: float | None = None
         self._check_arguments()
 
     # The model
@@ -205,32 +206,29 @@ class LitPhi2(LightningModule):
         self._window_nats.clear()
         self._window_tokens.clear()
         self._window_records.clear()
-        self._curves = {
-            "train/loss": nats / tokens,
-            "train/grad_norm": norm,
-            "train/supervised_tokens": tokens,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
+        self._window_loss = nats / tokens
+        step = self.trainer.global_step + 1  # the one that is about to be taken
+        if step % self.trainer.log_every_n_steps == 0:
+            # Now, and not at the end of the batch: a checkpoint may be written there first, and it must not lack them.
+            curves = {
+                "train/loss": nats / tokens,
+                "train/grad_norm": norm,
+                "train/supervised_tokens": tokens,
+                "lr": optimizer.param_groups[0]["lr"],
+            }
+            self.log_curves(curves, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if 0 < self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True  # or a run that ends by steps would end without a validation
-        if self._curves:  # a window ended with this batch
-            self.log_dict(
-                {"loss": self._curves["train/loss"]},
-                prog_bar=True,
-                logger=False,
-                batch_size=1,
-                rank_zero_only=True,
-            )
-            if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-                self.log_curves(self._curves)
-            self._curves = {}
+        if self._window_loss is not None:  # a window ended with this batch
+            self.log("loss", self._window_loss, prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
+            self._window_loss = None
 
-    def log_curves(self, curves: dict[str, float]) -> None:
-        """Write values at the current optimizer step, which is what every x axis shows."""
+    def log_curves(self, curves: dict[str, float], step: int | None = None) -> None:
+        """Write values at an optimizer step, the current one if none is given; every x axis shows these."""
         for logger in self.trainer.loggers:
-            logger.log_metrics(curves, step=self.trainer.global_step)
+            logger.log_metrics(curves, step=self.trainer.global_step if step is None else step)
 
     def configure_optimizers(self) -> dict[str, Any]:
         assert self.phi is not None
@@ -308,11 +306,29 @@ class LitPhi2(LightningModule):
         adapter = self.trained_adapter()
         checkpoint["state_dict"] = adapter.weights
         checkpoint["lit_phi2"] = {**adapter_to_state(adapter), "run": self.run_identity()}
+        checkpoint["lit_phi2"]["micro-batches of a rank in a step"] = self.trainer.accumulate_grad_batches
+        checkpoint["digest"] = digest(checkpoint)  # Lightning calls this hook last, so it covers everything
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.phi is not None
         load_weights(self.phi, checkpoint["state_dict"], source="--ckpt_path")
+        shape = self.trainer.datamodule.shape()
+        if checkpoint["lit_phi2"]["micro-batches of a rank in a step"] != shape.accumulate:
+            self._recount(checkpoint, shape.accumulate)
         checkpoint["state_dict"] = {}  # Lightning has nothing left to load
+
+    def _recount(self, checkpoint: dict[str, Any], accumulate: int) -> None:
+        """Put Lightning's counters of micro-batches where as many optimizer steps are on this number of processes."""
+        data = self.trainer.datamodule
+        epoch, step = divmod(checkpoint["global_step"], data.steps_per_epoch())
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if not step and progress["current"]["ready"]:  # written at the end of an epoch, not yet counted
+            epoch, step = epoch - 1, data.steps_per_epoch()
+        ready = min(step * accumulate, data.num_training_batches())
+        for name, before in (("current", 0), ("total", epoch * data.num_training_batches())):
+            counters = progress[name]
+            behind = {key: counters["ready"] - count for key, count in counters.items()}
+            counters |= {key: before + ready - behind[key] for key in counters}
 
     def check_same_run(self, checkpoint: dict[str, Any]) -> None:
         """Hold the settings against those that a checkpoint was written under.
@@ -323,6 +339,12 @@ class LitPhi2(LightningModule):
         saved, now = checkpoint["lit_phi2"]["run"], self.run_identity()
         if changed := [key for key in now if saved.get(key) != now[key]]:
             lines = [f"{key}: {saved.get(key)} in the checkpoint, {now[key]} now" for key in changed]
+            if "rows in an optimizer step" in changed:
+                shape = self.trainer.datamodule.shape()
+                lines.append(
+                    f"(now data.batch_size {shape.batch_size} x trainer.accumulate_grad_batches {shape.accumulate} x "
+                    f"{shape.world_size} processes; any three with the product of the checkpoint will do)"
+                )
             raise InputError(
                 "fit --ckpt_path continues the same run, but this is not the same:\n"
                 + "\n".join(lines)
@@ -344,6 +366,15 @@ class LitPhi2(LightningModule):
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
             "optimizer steps": self.total_steps(),
             **self.trainer.datamodule.identity(),
+        }
+
+    def answering_identity(self) -> dict[str, Any]:
+        """What decides the answer to a prompt."""
+        return {
+            "base": self._found_base.digest,
+            "adapter": digest(self._started_from.weights) if self.adapter is not None else "",
+            "dtype": str(choose_dtype(self.compute_dtype, self.trainer.strategy.root_device)[0]),
+            "max_new_tokens": self.max_new_tokens,
         }
 
     def _check_arguments(self) -> None:
