@@ -282,7 +282,10 @@ def test_a_traceback_is_there_for_those_who_ask(fit: Fit, monkeypatch: pytest.Mo
         (["--model.lora_alpha", "0"], "model.lora_alpha"),
         (["--run_name", "../elsewhere"], "run_name: '../elsewhere' is no name for a folder"),
         (["--trainer.num_sanity_val_steps", "1"], "trainer.num_sanity_val_steps: must be -1"),
-        (["--trainer.devices", "2"], "trainer.devices: 2 processes were chosen"),
+        (
+            ["--trainer.devices", "2", "--trainer.strategy", "ddp_spawn"],
+            "trainer.strategy: DDPStrategy has no use here",
+        ),
         (["--model.adapter", "nowhere"], "--model.adapter nowhere: does not exist"),
         (["--ckpt_path", "last"], "--ckpt_path last: no run of"),
         (

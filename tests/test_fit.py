@@ -14,6 +14,7 @@ from torch import nn
 
 from lit_phi2.callbacks import SampleWriter
 from lit_phi2.errors import InputError, NonFiniteError
+from lit_phi2.model import phi2
 from lit_phi2.model.lora import FusedLora, read_adapter, trained_parameters
 from lit_phi2.model.module import LitPhi2, warmup_then_cosine
 from runs import Gradients, new_data, new_module, new_trainer, weights_of
@@ -34,34 +35,39 @@ def read_curves(folder: Path) -> EventAccumulator:
 
 
 def test_a_step_draws_from_every_dropout_and_validation_from_none(
-    native_folder: Path, train_file: Path, tmp_path: Path
+    native_folder: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reference: forward hooks. A dropout of the base has drawn where output and input differ; that of a LoRA layer,
-    which draws it itself, where the output is not W x + bias + B A x."""
+    """Reference: forward hooks. The dropout of a LoRA layer, which draws it itself, has drawn where the output is not
+    W x + bias + B A x. That of a block is drawn for its two parts at once, and counted where it is."""
     module = new_module(native_folder, dropout=True, lora_dropout=0.3)
     drawn = {"train": set(), "eval": set()}
     names = {layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Dropout) and layer.p > 0}
 
     def watch(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         x = inputs[0]
-        if isinstance(layer, FusedLora):
-            layer, expected = (
-                layer.lora_dropout["default"],
-                layer.base_layer(x) + 2 * layer.lora_B["default"](layer.lora_A["default"](x)),
-            )
-        else:
-            expected = x
+        expected = layer.base_layer(x) + 2 * layer.lora_B["default"](layer.lora_A["default"](x))
         if not torch.allclose(output, expected, atol=1e-5):
-            drawn["train" if module.trainer.training else "eval"].add(names[layer])
+            drawn["train" if module.trainer.training else "eval"].add(names[layer.lora_dropout["default"]])
 
+    of_blocks: list[tuple[bool, float]] = []  # whether in training, and the share that is kept
+    kept = phi2._kept
+
+    def count(like: torch.Tensor, dropped: int) -> torch.Tensor:
+        keep = kept(like, dropped)
+        of_blocks.append((module.trainer.training, keep.float().mean().item()))
+        return keep
+
+    monkeypatch.setattr(phi2, "_kept", count)
     for layer in module.modules():
-        if isinstance(layer, FusedLora) or (layer in names and "lora_dropout" not in names[layer]):
+        if isinstance(layer, FusedLora):
             layer.register_forward_hook(watch)
     data = new_data(native_folder, train_file)
     new_trainer(tmp_path, max_steps=1, num_sanity_val_steps=-1).fit(module, data)
     # In each of two layers: resid_dropout of the block, and LoRA's on Wqkv, fc1 and fc2.
     assert len(names) == 2 * (1 + 3)
-    assert drawn["train"] == set(names.values())
+    assert drawn["train"] == {name for name in names.values() if "lora_dropout" in name}
+    assert len(of_blocks) == 2 * 2  # attention's and the MLP's part
+    assert all(training and abs(share - 0.9) < 0.02 for training, share in of_blocks)
     assert not drawn["eval"]
 
 
@@ -91,7 +97,7 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine_over_the_planned_steps(
     module = new_module(native_folder, learning_rate=1e-3, warmup_ratio=0.25)
     data = new_data(native_folder, train_file, packing=False)
     rates: list[float] = []
-    module.log_curves = lambda curves: rates.extend([curves["lr"]] if "lr" in curves else [])  # type: ignore[method-assign]
+    module.log_curves = lambda curves, step=None: rates.extend([curves["lr"]] if "lr" in curves else [])  # type: ignore[method-assign]
     new_trainer(tmp_path, max_epochs=2, accumulate_grad_batches=5, limit_val_batches=0).fit(module, data)
     steps = 2 * 3  # 12 records, 5 to a window: 5, 5 and 2, twice
     warmup = 2  # a quarter of 6, rounded up

@@ -80,7 +80,9 @@ def test_the_adapter_is_saved(native_folder: Path, train_file: Path, tmp_path: P
 def test_there_is_a_validation_before_and_after_training(native_folder: Path, train_file: Path, tmp_path: Path) -> None:
     losses: list[float] = []
     module = new_module(native_folder)
-    module.log_curves = lambda curves: losses.extend(value for name, value in curves.items() if name == "val/loss")
+    module.log_curves = lambda curves, step=None: losses.extend(
+        value for name, value in curves.items() if name == "val/loss"
+    )
     new_trainer(tmp_path, max_epochs=3, num_sanity_val_steps=-1).fit(
         module, new_data(native_folder, train_file, max_length=128)
     )
