@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MPS_MULTIPLE = 128  # tokens: MPS keeps memory for every shape it has seen, so there are to be few
+# Rows are as long as a multiple of so many tokens, so that there are few shapes: MPS keeps memory for each that it has
+# seen, and a CPU compiles the products of a new one for longer than they take.
+MULTIPLES = {"mps": 128, "cpu": 32}
 IGNORE_INDEX = -100  # the index that torch's cross_entropy skips by default
 TEMPLATE_VERSION = 1  # of data/prompts.py; kept with every adapter, which answers only the prompts that it learned
 
@@ -69,7 +71,7 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device; Lightning calls this."""
-        batch = pad_rows(self, MPS_MULTIPLE) if torch.device(device).type == "mps" else self
+        batch = pad_rows(self, MULTIPLES.get(torch.device(device).type, 1))
         return replace(
             batch,
             input_ids=batch.input_ids.to(device, non_blocking=non_blocking),

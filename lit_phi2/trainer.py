@@ -191,11 +191,11 @@ class Trainer(pl.Trainer):
         _check_writable(file, f"--output {file}")
         self._evaluate("predict", model, datamodule)
         self._keep_left_out(datamodule, file.parent)
-        prompts = datamodule.splits["predict"].digest()
+        prompts = datamodule.splits["predict"].digest
         writer = PredictionWriter(file, {**model.answering_identity(), "prompts": prompts})
         datamodule.answered = writer.read_answered()
         self.callbacks.append(writer)
-        if datamodule.predict_batches():
+        if datamodule.unanswered():
             super().predict(model, datamodule=datamodule, return_predictions=False)
             self.strategy.barrier()
         if self.is_global_zero:
@@ -237,8 +237,8 @@ class Trainer(pl.Trainer):
         model.check()
         datamodule.setup(stage)
         for use, split in datamodule.splits.items():
-            if trimmed := sum(example.trimmed for example in split.examples):
-                log.warning("data.%s_files: the input of %d records was shortened to make them fit", use, trimmed)
+            if split.trimmed:
+                log.warning("data.%s_files: the input of %d records was shortened to make them fit", use, split.trimmed)
 
     def _evaluate(self, stage: str, model: LitPhi2, datamodule: ClaimsDataModule) -> None:
         self._check(stage, model, datamodule)

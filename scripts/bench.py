@@ -494,15 +494,19 @@ def load_ours(task: Task) -> Loaded:
 
     from lit_phi2 import batch as lit_batch
     from lit_phi2.data.collate import collate
-    from lit_phi2.data.datamodule import ClaimsDataModule, Split
+    from lit_phi2.data.datamodule import ClaimsDataModule
+    from lit_phi2.data.records import Record
+    from lit_phi2.data.store import in_memory
     from lit_phi2.model.module import LitPhi2
 
     examples = [
         lit_batch.Example(f"record {index}", example.ids, example.prompt_length)
         for index, example in enumerate(task.examples)
     ]
+    records = [Record(example.id, "", "", "", "") for example in examples]
     data = ClaimsDataModule(max_length=ROW, base=task.base, seed=SEED)
-    data.splits = {use: Split([], [], examples) for use in ("train", "val")}  # what setup would read
+    split = in_memory([], lambda _: zip(records, examples, strict=True), skip=False)
+    data.splits = {"train": split, "val": split}  # what setup would read
     module = LitPhi2(
         base=task.base,
         lora_r=RANK,

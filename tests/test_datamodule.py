@@ -387,7 +387,7 @@ def test_predict_needs_no_response_and_keeps_one_that_is_given(claims: Claims) -
     data.setup("predict")
     split = data.splits["predict"]
     assert [record.response for record in split.records] == ["", "So."]
-    assert split.supervised == [0, 0]
+    assert split.supervised.tolist() == [0, 0]
     assert data.tokenizer is not None
     assert data.tokenizer.decode(split.examples[1].ids) == "### Instruction:\nHow?\n\n### Response:\n"
 

@@ -9,12 +9,15 @@ that was killed goes on from its .part, if the same model answers the same promp
 
 import glob
 import json
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
 
 from lit_phi2.batch import PromptBatch
 from lit_phi2.files import replace_file
@@ -34,9 +37,9 @@ class PredictionWriter(Callback):
         self.written = 0
         self.cut = 0
 
-    def read_answered(self) -> set[int]:
+    def read_answered(self) -> NDArray[np.int64]:
         """The indices that an earlier predict of the same identity has answered; a .part of another is removed."""
-        answered: set[int] = set()
+        answered = array("q")  # numbers side by side here and below, since there may be millions
         for part in self._parts():
             whole = 0  # bytes: a kill may have cut the last line
             with part.open("rb") as file:
@@ -45,14 +48,14 @@ class PredictionWriter(Callback):
                     for line in file:
                         if not line.endswith(b"\n"):
                             break
-                        answered.add(json.loads(line)["index"])
+                        answered.append(json.loads(line)["index"])
                         whole += len(line)
             if whole:
                 with part.open("r+b") as file:
                     file.truncate(whole)
             else:
                 part.unlink(missing_ok=True)  # every rank reads and tidies them
-        return answered
+        return np.array(answered, np.int64)
 
     def on_predict_batch_end(
         self,
@@ -86,30 +89,33 @@ class PredictionWriter(Callback):
     def finish(self) -> None:
         """Sort what all parts hold into the file, then remove them."""
         parts = self._parts()
-        places: dict[int, tuple[Path, int]] = {}  # index -> part, offset: the texts may be more than memory holds
-        for part in parts:
+        places = array("q")  # index, part and offset of each line, since the texts may be more than memory holds
+        for number, part in enumerate(parts):
             offset = len(self.header.encode())
             with part.open("rb") as file:
                 file.seek(offset)
                 for line in file:
-                    places[json.loads(line)["index"]] = part, offset
+                    places.extend((json.loads(line)["index"], number, offset))
                     offset += len(line)
-        replace_file(self.file, self._sorted(places))
+        replace_file(self.file, self._sorted(parts, np.array(places, np.int64).reshape(-1, 3)))
         for part in parts:
             part.unlink(missing_ok=True)
 
-    def _sorted(self, places: dict[int, tuple[Path, int]]) -> Iterator[str]:
-        files = {part: part.open("rb") for part, _ in places.values()}
+    def _sorted(self, parts: list[Path], places: NDArray[np.int64]) -> Iterator[str]:
+        """The lines in the order of their indices; what two runs at once have answered twice, once."""
+        files = [part.open("rb") for part in parts]
         try:
-            for _, (part, offset) in sorted(places.items()):
-                files[part].seek(offset)
-                prediction = json.loads(files[part].readline())
+            for row in np.unique(places[:, 0], return_index=True)[1].tolist():
+                _, number, offset = places[row].tolist()
+                file = files[number]
+                file.seek(offset)
+                prediction = json.loads(file.readline())
                 del prediction["index"]
                 self.written += 1
                 self.cut += prediction["finish_reason"] == "length"
                 yield json.dumps(prediction, ensure_ascii=False) + "\n"
         finally:
-            for file in files.values():
+            for file in files:
                 file.close()
 
     def _part(self, rank: int) -> Path:

@@ -8,23 +8,36 @@ run needs no state of a loader.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.base import find_base, load_tokenizer, read_config
-from lit_phi2.batch import Batch, Example, PromptBatch
+from lit_phi2.batch import TEMPLATE_VERSION, Batch, Example, PromptBatch
 from lit_phi2.data.collate import collate
-from lit_phi2.data.encode import encode
-from lit_phi2.data.plan import MicroBatch, Shape, num_batches, num_steps, plan_epoch, plan_evaluation
+from lit_phi2.data.encode import each_example
+from lit_phi2.data.plan import (
+    Array,
+    MicroBatch,
+    Shape,
+    in_pieces,
+    num_batches,
+    num_rows,
+    num_steps,
+    plan_epoch,
+    plan_evaluation,
+)
 from lit_phi2.data.prompts import format_prompt
-from lit_phi2.data.records import Fault, Fields, Record, raise_faults, read_records
+from lit_phi2.data.records import Fault, Fields, Record, each_record, raise_faults, read_records
+from lit_phi2.data.store import IN_MEMORY, Split, in_memory, on_disk
 from lit_phi2.errors import InputError
+from lit_phi2.files import digest
 
-Read = tuple[list[str], list[Record], list[Fault]]  # sources, records, faults
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -32,44 +45,6 @@ DEFAULT_VAL_FRACTION = 0.1
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _PREDICT_TOKENS = 8192  # in a batch of prompts with room for answers: 2.7 GB of keys and values for Phi-2
 _PREDICT_PROMPTS = 32
-
-
-@dataclass(slots=True)
-class Split:
-    """The examples of one use, and what happened on the way to them.
-
-    Attributes:
-        sources: where the records came from.
-        records: that became examples.
-        examples: in the order of the records.
-        bad: records that cannot be used.
-        skipped: overlong records, where data.overlong is skip.
-    """
-
-    sources: list[str]
-    records: list[Record]
-    examples: list[Example]
-    bad: list[Fault] = field(default_factory=list)
-    skipped: list[Fault] = field(default_factory=list)
-
-    @property
-    def left_out(self) -> list[Fault]:
-        return self.bad + self.skipped
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(example.ids) for example in self.examples]
-
-    @property
-    def supervised(self) -> list[int]:
-        return [example.supervised_tokens for example in self.examples]
-
-    def digest(self) -> str:
-        """Of every id, token and prompt length, in order: equal for runs that train on the same thing."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(repr((example.id, example.prompt_length, example.ids)).encode())
-        return digest.hexdigest()[:16]
 
 
 class ClaimsDataModule(LightningDataModule):
@@ -91,6 +66,8 @@ class ClaimsDataModule(LightningDataModule):
         batch_size: rows in a micro-batch.
         overlong: trim (the input section only), skip or error.
         on_bad_record: error names every bad record and stops; skip leaves them out and writes rejected.jsonl.
+        cache_dir: where the tokens of files above 64 MiB are kept on disk, with the texts of their records; null takes
+            the folder cache in trainer.default_root_dir. Of smaller files nothing is written.
         base: linked from model.base.
         max_new_tokens: linked from model.max_new_tokens.
         seed: linked from seed_everything.
@@ -112,6 +89,7 @@ class ClaimsDataModule(LightningDataModule):
         batch_size: int = 1,
         overlong: str = "trim",
         on_bad_record: str = "error",
+        cache_dir: str | None = None,
         base: str = "tiny",
         max_new_tokens: int = 256,
         seed: int = 42,
@@ -125,12 +103,13 @@ class ClaimsDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.overlong = overlong
         self.on_bad_record = on_bad_record
+        self.cache_dir = cache_dir
         self.base = base
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
-        self.answered: set[int] = set()  # of predict_files, by an earlier predict that was killed
+        self.answered: Array = np.zeros(0, np.int64)  # of predict_files, by an earlier predict that was killed
         self._check_arguments()
 
     def setup(self, stage: str) -> None:
@@ -139,7 +118,10 @@ class ClaimsDataModule(LightningDataModule):
         Raises:
             InputError: a source or, unless on_bad_record is skip, a record cannot be used.
         """
-        uses = [use for use in _STAGES[stage] if use not in self.splits]
+        stages = _STAGES[stage]
+        if "val" in stages and self.files["val"] is None:
+            stages = ("train", "val")  # whose records are those that the other leaves
+        uses = [use for use in stages if use not in self.splits]
         if not uses:
             return
         base = find_base(self.base)
@@ -155,24 +137,18 @@ class ClaimsDataModule(LightningDataModule):
                 f"of base {self.base!r}."
             )
         self.tokenizer = self.tokenizer or load_tokenizer(base)
-        splits = {
-            use: self._split(use, read, room if use == "predict" else self.max_length)
-            for use, read in self._read_all(uses).items()
-        }
+        splits = {use: self._split(use, room if use == "predict" else self.max_length) for use in uses}
         if self.on_bad_record == "error":
             bad = [fault for split in splits.values() for fault in split.bad]
             raise_faults(bad, setting=" and ".join(f"data.{use}_files" for use, split in splits.items() if split.bad))
         for use, split in splits.items():
             if not split.examples:
-                raise InputError(
-                    f"data.{use}_files: none of the {len(split.left_out)} records can be used. The first: "
-                    f"{split.left_out[0]}"
-                )
+                raise InputError(self._why_empty(use, split, splits))
         self.splits |= splits
 
     def train_dataloader(self) -> "Loader[MicroBatch, Batch]":
         # The length is that of a whole epoch, because Lightning applies limit_train_batches to it once more.
-        whole = num_batches(self.splits["train"].lengths, replace(self.shape(), limit=None))
+        whole = num_batches(self._num_rows(), replace(self.shape(), limit=None))
         return Loader(self._training_micro_batches, self._collate("train"), whole)
 
     def val_dataloader(self) -> "Loader[MicroBatch, Batch]":
@@ -181,31 +157,22 @@ class ClaimsDataModule(LightningDataModule):
     def test_dataloader(self) -> "Loader[MicroBatch, Batch]":
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> "Loader[PromptBatch, PromptBatch]":
-        batches = self.predict_batches()
+    def predict_dataloader(self) -> "Loader[int, PromptBatch]":
+        batches, left = self.prompt_batches("predict"), self.unanswered()
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        mine = batches[rank::world]
-        return Loader(lambda: mine, lambda batch: batch, len(mine))
+        mine = left[rank::world]
+        return Loader(lambda: mine, batches.__getitem__, len(mine))
 
-    def predict_batches(self) -> list[PromptBatch]:
-        """The batches of prompts that are not yet answered; each is the one that it was, or rounding could differ."""
-        return [batch for batch in self.prompt_batches("predict") if not self.answered.issuperset(batch.indices)]
+    def unanswered(self) -> list[int]:
+        """The batches of prompts that are left; each is the one that it was, or rounding could differ."""
+        batches = self.prompt_batches("predict")
+        answered = np.zeros(len(self.splits["predict"].examples), bool)
+        answered[self.answered] = True
+        return [number for number in range(len(batches)) if not answered[batches.indices(number)].all()]
 
-    def prompt_batches(self, use: str, count: int | None = None) -> list[PromptBatch]:
-        """The prompts of the first `count` examples, or of all, shortest first, so that a batch is padded little."""
-        prompts = [example.ids[: example.prompt_length] for example in self.splits[use].examples[:count]]
-        batches: list[PromptBatch] = []
-        for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
-            prompt = prompts[index]  # lengths rise, so the newest prompt is the longest of its batch
-            full = batches and (
-                len(batches[-1].prompts) == _PREDICT_PROMPTS
-                or (len(batches[-1].prompts) + 1) * (len(prompt) + self.max_new_tokens) > _PREDICT_TOKENS
-            )
-            if full or not batches:
-                batches.append(PromptBatch([], []))
-            batches[-1].indices.append(index)
-            batches[-1].prompts.append(prompt)
-        return batches
+    def prompt_batches(self, use: str, count: int | None = None) -> "PromptBatches":
+        """The prompts of the first `count` examples, or of all."""
+        return PromptBatches(self.splits[use], count, self.max_new_tokens)
 
     def check_room(self, use: str, count: int | None = None) -> None:
         """Hold the prompts that will be answered against the positions that the base has.
@@ -214,13 +181,15 @@ class ClaimsDataModule(LightningDataModule):
             InputError: a prompt and model.max_new_tokens together are too long; names the first.
         """
         context = int(read_config(find_base(self.base))["max_position_embeddings"])
-        for example in self.splits[use].examples[:count]:
-            if example.prompt_length + self.max_new_tokens > context:
-                raise InputError(
-                    f"model.max_new_tokens: {self.max_new_tokens} after the {example.prompt_length} tokens of prompt "
-                    f"{example.id!r} in data.{use}_files is more than the {context} positions of base {self.base!r}. "
-                    "Lower it, or data.max_length, or measure the loss alone with --answers 0."
-                )
+        split = self.splits[use]
+        prompts = (split.lengths - split.supervised)[:count]
+        for index in np.flatnonzero(prompts + self.max_new_tokens > context).tolist():
+            example = split.examples[index]
+            raise InputError(
+                f"model.max_new_tokens: {self.max_new_tokens} after the {example.prompt_length} tokens of prompt "
+                f"{example.id!r} in data.{use}_files is more than the {context} positions of base {self.base!r}. "
+                "Lower it, or data.max_length, or measure the loss alone with --answers 0."
+            )
 
     def training_records(self) -> list[Record]:
         """The records of train_files, as text: the test's baseline looks an answer up in them.
@@ -228,7 +197,8 @@ class ClaimsDataModule(LightningDataModule):
         Raises:
             InputError: a source cannot be read, or none of its records.
         """
-        sources, records, faults = self._read("train")
+        sources = self._sources("train")
+        records, faults = read_records(sources, self.fields, needs_response=True)
         if not records:
             raise InputError(f"{', '.join(sources)}: none of the records can be used. The first: {faults[0]}")
         return records
@@ -249,7 +219,7 @@ class ClaimsDataModule(LightningDataModule):
 
     def num_training_batches(self) -> int:
         """Micro-batches of each rank in an epoch."""
-        return num_batches(self.splits["train"].lengths, self.shape())
+        return num_batches(self._num_rows(), self.shape())
 
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
@@ -259,7 +229,7 @@ class ClaimsDataModule(LightningDataModule):
         """What must stay the same for a resumed run to be the same run."""
         shape = self.shape()
         return {
-            "data": self.splits["train"].digest(),
+            "data": self.splits["train"].digest,
             "data.max_length": self.max_length,
             "data.packing": self.packing,
             "data.batch_size": self.batch_size,
@@ -285,44 +255,70 @@ class ClaimsDataModule(LightningDataModule):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: {getattr(self, name)} is less than 1.")
 
-    def _read(self, use: str) -> Read:
+    def _sources(self, use: str) -> list[str]:
         files = self.files[use]
         sources = [files] if isinstance(files, str) else list(files or [])
         if not sources or not all(sources):
             raise InputError(f"data.{use}_files: is empty; expected a path or a list of paths.")
-        records, faults = read_records(sources, self.fields, needs_response=use != "predict", with_facts=use == "test")
-        return sources, records, faults
+        return sources
 
-    def _read_all(self, uses: Sequence[str]) -> dict[str, Read]:
-        """What each use reads; validation is held out of the training records where it has no files of its own."""
-        if "val" not in uses or self.files["val"] is not None:
-            return {use: self._read(use) for use in uses}
-        sources, records, faults = self._read("train")
-        held_out = [_hash_fraction(record) < self.val_fraction for record in records]
-        train = [record for record, held in zip(records, held_out, strict=True) if not held]
-        val = [record for record, held in zip(records, held_out, strict=True) if held]
-        told_first = bool(faults) and self.on_bad_record == "error"  # the bad records, of which there may be enough
-        for name, part in (("training", train), ("validation", val)):
-            if records and not part and not told_first:
-                raise InputError(
-                    f"data.val_fraction: {self.val_fraction} of {len(records)} records leaves none for {name}. "
-                    "Give data.val_files, or another fraction."
-                )
-        return {"train": (sources, train, faults), "val": (sources, val, [])}
+    def _split(self, use: str, max_length: int) -> Split:
+        """The examples of a use; validation is held out of the training records where it has no files of its own."""
+        held_out = self.files["val"] is None and use in ("train", "val")
+        sources = self._sources("train" if held_out else use)
+        options: dict[str, Any] = {"needs_response": use != "predict", "with_facts": use == "test"}
+        limits: dict[str, Any] = {"max_length": max_length, "overlong": self.overlong}
+        tokenizer = self.tokenizer
+        assert tokenizer is not None
 
-    def _split(self, use: str, read: Read, max_length: int) -> Split:
-        sources, records, faults = read
-        assert self.tokenizer is not None
-        encoded = encode(
-            records,
-            self.tokenizer,
-            max_length=max_length,
-            overlong=self.overlong,
-            with_response=use != "predict",
+        def make(bad: list[Fault]) -> Iterator[tuple[Record, Example | Fault]]:
+            found = each_record(sources, self.fields, **options)
+            if held_out and use == "val":
+                found = (one for one in found if isinstance(one, Record) and self._is_held_out(one))
+            elif held_out:
+                found = (one for one in found if isinstance(one, Fault) or not self._is_held_out(one))
+            return each_example(_records(found, bad), tokenizer, **limits, with_response=use != "predict")
+
+        skip = self.overlong == "skip"
+        files = [Path(source).expanduser() for source in sources]
+        if sum(file.stat().st_size for file in files if file.is_file()) <= IN_MEMORY:
+            return in_memory(sources, make, skip=skip)
+        key = {
+            "sources": sources,
+            "files": [_state(file) for file in files],
+            "fields": asdict(self.fields),
+            "held out": (use, self.val_fraction) if held_out else None,
+            "template": TEMPLATE_VERSION,
+            "tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]),
+            **options,
+            **limits,
+        }
+        root = Path(self.trainer.default_root_dir if self.trainer else "runs")
+        cache_dir = Path(self.cache_dir).expanduser() if self.cache_dir else root / "cache"
+        return on_disk(sources, make, skip=skip, cache_dir=cache_dir, key=key)
+
+    def _is_held_out(self, record: Record) -> bool:
+        return _hash_fraction(record) < self.val_fraction
+
+    def _why_empty(self, use: str, split: Split, splits: dict[str, Split]) -> str:
+        if not split.left_out or (use == "train" and self.files["val"] is None and splits["val"].examples):
+            total = sum(len(other.examples) for other in splits.values())
+            name = {"train": "training", "val": "validation"}[use]
+            return (
+                f"data.val_fraction: {self.val_fraction} of {total} records leaves none for {name}. "
+                "Give data.val_files, or another fraction."
+            )
+        return (
+            f"data.{use}_files: none of the {len(split.left_out)} records can be used. The first: {split.left_out[0]}"
         )
-        return Split(sources, encoded.records, encoded.examples, faults + encoded.faults, encoded.skipped)
 
-    def _training_micro_batches(self) -> list[MicroBatch]:
+    def _num_rows(self) -> int:
+        split = self.splits["train"]
+        if split.num_rows is None:  # counting takes seconds where there are millions
+            split.num_rows = num_rows(split.lengths, self.shape())
+        return split.num_rows
+
+    def _training_micro_batches(self) -> Iterator[MicroBatch]:
         """The rest of the epoch in which the run stands, by its number of optimizer steps."""
         assert self.trainer is not None
         split, shape = self.splits["train"], self.shape()
@@ -332,7 +328,7 @@ class ClaimsDataModule(LightningDataModule):
         plan = plan_epoch(
             split.lengths, split.supervised, shape, seed=self.seed, epoch=epoch, rank=self.trainer.global_rank
         )
-        return plan[step * shape.accumulate :]
+        return (plan[index] for index in range(step * shape.accumulate, len(plan)))
 
     def _evaluation_loader(self, use: str) -> "Loader[MicroBatch, Batch]":
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -354,7 +350,7 @@ class Loader(Generic[Item, Made]):
         length: parts in a whole epoch.
     """
 
-    def __init__(self, plan: Callable[[], Sequence[Item]], make: Callable[[Item], Made], length: int) -> None:
+    def __init__(self, plan: Callable[[], Iterable[Item]], make: Callable[[Item], Made], length: int) -> None:
         self.plan = plan
         self.make = make
         self.length = length
@@ -365,6 +361,65 @@ class Loader(Generic[Item, Made]):
     def __iter__(self) -> Iterator[Made]:
         # The plan is asked for now and not at the first batch: Lightning calls this when the run's position is right.
         return map(self.make, self.plan())
+
+
+class PromptBatches(Sequence[PromptBatch]):
+    """Prompts to answer, shortest first, so that a batch is padded little; each batch is made when it is asked for.
+
+    Args:
+        split: whose prompts.
+        count: how many, from the first; None for all.
+        max_new_tokens: of an answer, which a batch has room for.
+    """
+
+    def __init__(self, split: Split, count: int | None, max_new_tokens: int) -> None:
+        self.examples = split.examples
+        lengths = (split.lengths - split.supervised)[:count]
+        self.order = np.argsort(lengths, kind="stable")
+        self.ends: list[int] = []
+        start = 0
+        for place, length in enumerate(in_pieces(lengths[self.order])):  # the newest prompt is the longest of its batch
+            size = place - start
+            if size == _PREDICT_PROMPTS or (size and (size + 1) * (length + max_new_tokens) > _PREDICT_TOKENS):
+                self.ends.append(place)
+                start = place
+        if len(lengths):
+            self.ends.append(len(lengths))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, key: int) -> PromptBatch: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[PromptBatch]: ...
+    def __getitem__(self, key: int | slice) -> PromptBatch | list[PromptBatch]:
+        if isinstance(key, slice):
+            return [self[number] for number in range(*key.indices(len(self)))]
+        indices = self.indices(range(len(self))[key]).tolist()
+        examples = [self.examples[index] for index in indices]
+        return PromptBatch(indices, [example.ids[: example.prompt_length] for example in examples])
+
+    def indices(self, number: int) -> Array:
+        """Of the prompts in a batch."""
+        return self.order[self.ends[number - 1] if number else 0 : self.ends[number]]
+
+
+def _records(found: Iterable[Record | Fault], faults: list[Fault]) -> Iterator[Record]:
+    """The records; what is none goes into the list."""
+    for one in found:
+        if isinstance(one, Record):
+            yield one
+        else:
+            faults.append(one)
+
+
+def _state(file: Path) -> list[Any] | None:
+    """What changes whenever the file does; None for what is no file on this machine."""
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return [str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _hash_fraction(record: Record) -> float:

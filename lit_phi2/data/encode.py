@@ -9,16 +9,15 @@ split into ordinary tokens and never read as the end token.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.batch import Example
 from lit_phi2.data.prompts import format_prompt
-from lit_phi2.data.records import Fault, Record, short
+from lit_phi2.data.records import Fault, Record, batched, short
 from lit_phi2.errors import InputError
 
 OVERLONG = ("trim", "skip", "error")
@@ -43,14 +42,36 @@ class Encoded:
 
 
 def encode(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     overlong: str = "trim",
     with_response: bool = True,
 ) -> Encoded:
-    """Tokenize records and settle the ones that are too long.
+    """Tokenize records and settle the ones that are too long; see `each_example`."""
+    encoded = Encoded()
+    left_out = encoded.skipped if overlong == "skip" else encoded.faults
+    for record, settled in each_example(
+        records, tokenizer, max_length=max_length, overlong=overlong, with_response=with_response
+    ):
+        if isinstance(settled, Example):
+            encoded.examples.append(settled)
+            encoded.records.append(record)
+        else:
+            left_out.append(settled)
+    return encoded
+
+
+def each_example(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    overlong: str = "trim",
+    with_response: bool = True,
+) -> Iterator[tuple[Record, Example | Fault]]:
+    """Each record as tokens, or why it cannot be used.
 
     Args:
         records: checked records.
@@ -65,23 +86,14 @@ def encode(
     """
     if overlong not in OVERLONG:
         raise InputError(f"data.overlong: {overlong!r} is unknown; expected one of {', '.join(OVERLONG)}.")
-    encoded = Encoded()
     # No token covers more characters, so a text of more is too long, however it goes on; megabytes are not tokenized.
     most_characters = (max_length + 1) * max(map(len, tokenizer.get_vocab()))
-    for batch in _batched(records, _BATCH):
+    for batch in batched(records, _BATCH):
         begun = [_beginning(record, most_characters) for record in batch]
         prompts = tokenize(tokenizer, [format_prompt(record.instruction, record.input) for record in begun])
         responses = [[] for _ in batch] if not with_response else _responses(tokenizer, begun)
         for record, beginning, prompt, response in zip(batch, begun, prompts, responses, strict=True):
-            settled = _settle(record, beginning, prompt, response, tokenizer, max_length, overlong)
-            if isinstance(settled, Example):
-                encoded.examples.append(settled)
-                encoded.records.append(record)
-            elif overlong == "skip":
-                encoded.skipped.append(settled)
-            else:
-                encoded.faults.append(settled)
-    return encoded
+            yield record, _settle(record, beginning, prompt, response, tokenizer, max_length, overlong)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -159,9 +171,3 @@ def _too_long(
     if response_tokens == 0:  # predict, where the limit is the base's context less the room for an answer
         cure = "Lower model.max_new_tokens, or shorten the record"
     return f"{found} but {max_length} are allowed{why}. {cure}."
-
-
-def _batched(records: Sequence[Record], size: int) -> Iterator[list[Record]]:
-    iterator = iter(records)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -13,12 +13,18 @@ An epoch is a pure function of lengths, shape, seed, epoch and rank. Its number 
 so the position of a run is its number of optimizer steps and nothing else.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lit_phi2.batch import Row
+
+Array = NDArray[Any]  # of whole numbers
+Lengths = Sequence[int] | Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,34 @@ class MicroBatch:
     seed: int
 
 
-def pack(lengths: Sequence[int], max_length: int, order: Sequence[int]) -> list[Row]:
+class Rows(Sequence[Row]):
+    """Rows of indices, all in one array: a tuple for each of millions would take gigabytes.
+
+    Args:
+        members: the indices, row after row.
+        ends: where each row ends among them.
+    """
+
+    def __init__(self, members: Array, ends: Array) -> None:
+        self.members = members
+        self.ends = ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, key: int) -> Row: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Row]: ...
+    def __getitem__(self, key: int | slice) -> Row | list[Row]:
+        if isinstance(key, slice):
+            return [self[index] for index in range(*key.indices(len(self)))]
+        index = range(len(self))[key]
+        start = self.ends[index - 1] if index else 0
+        return tuple(self.members[start : self.ends[index]].tolist())
+
+
+def pack(lengths: Lengths, max_length: int, order: Lengths) -> Rows:
     """Best fit, longest first: each example goes to the fullest row that still has room for it.
 
     Args:
@@ -70,14 +103,16 @@ def pack(lengths: Sequence[int], max_length: int, order: Sequence[int]) -> list[
     Returns:
         Rows of indices into lengths.
 
-    >>> pack([3, 5, 2, 4], max_length=8, order=range(4))
+    >>> list(pack([3, 5, 2, 4], max_length=8, order=range(4)))
     [(1, 0), (3, 2)]
     """
-    rows: list[list[int]] = []
-    open_rows: list[list[int]] = [[] for _ in range(max_length + 1)]  # by the room they have left
+    lengths, order = np.asarray(lengths, np.int32), np.asarray(order, np.int32)
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    row_of = array("i")  # of each example, in that order
+    open_rows = [array("i") for _ in range(max_length + 1)]  # by the room they have left
     rooms = 0  # bit r is set while a row with room r is open, so the tightest fit is one bit operation away
-    for index in sorted(order, key=lambda index: -lengths[index]):
-        length = lengths[index]
+    num_rows = 0
+    for length in in_pieces(lengths[order]):
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -85,19 +120,72 @@ def pack(lengths: Sequence[int], max_length: int, order: Sequence[int]) -> list[
             if not open_rows[room]:
                 rooms &= ~(1 << room)
         else:
-            room, row = max_length, len(rows)
-            rows.append([])
-        rows[row].append(index)
+            room, row = max_length, num_rows
+            num_rows += 1
+        row_of.append(row)
         left = room - length
         if left:
             open_rows[left].append(row)
             rooms |= 1 << left
-    return [tuple(row) for row in rows]
+    filled = np.frombuffer(row_of, np.int32) if row_of else np.zeros(0, np.int32)
+    return Rows(order[np.argsort(filled, kind="stable")], np.bincount(filled, minlength=num_rows).cumsum())
 
 
-def plan_epoch(
-    lengths: Sequence[int], supervised: Sequence[int], shape: Shape, *, seed: int, epoch: int, rank: int = 0
-) -> list[MicroBatch]:
+class Plan(Sequence[MicroBatch]):
+    """The micro-batches of one rank in an epoch, each made when it is asked for.
+
+    Args:
+        rows: of the epoch.
+        order: of the rows, by index.
+        supervised: supervised tokens of each example; None where every share is 1.
+        shape: how to cut.
+        key: seed and epoch, of dropout.
+        rank: of world_size.
+    """
+
+    def __init__(
+        self, rows: Rows, order: Array, supervised: Array | None, shape: Shape, key: tuple[int, int], rank: int
+    ) -> None:
+        self.rows = rows
+        self.order = order
+        self.supervised = supervised
+        self.shape = shape
+        self.key = key
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return num_batches(len(self.order), self.shape)
+
+    @overload
+    def __getitem__(self, key: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[MicroBatch]: ...
+    def __getitem__(self, key: int | slice) -> MicroBatch | list[MicroBatch]:
+        if isinstance(key, slice):
+            return [self[index] for index in range(*key.indices(len(self)))]
+        index = range(len(self))[key]
+        rows = self._rows(index, self.rank)
+        if self.supervised is None:
+            return MicroBatch(rows, share=1.0, seed=0)
+        step, micro = divmod(index, self.shape.accumulate)
+        window = range(index - micro, min(index - micro + self.shape.accumulate, len(self)))
+        members = [
+            member
+            for index in window
+            for rank in range(self.shape.world_size)
+            for row in self._rows(index, rank)
+            for member in row
+        ]
+        share = self.shape.accumulate * self.shape.world_size / int(self.supervised[members].sum())
+        return MicroBatch(rows, share, _dropout_seed(*self.key, step, micro, self.rank))
+
+    def _rows(self, index: int, rank: int) -> tuple[Row, ...]:
+        """Of a rank at a place in the epoch; none where there is nothing left."""
+        first = (index * self.shape.world_size + rank) * self.shape.batch_size
+        return tuple(self.rows[row] for row in self.order[first : first + self.shape.batch_size])
+
+
+def plan_epoch(lengths: Lengths, supervised: Lengths, shape: Shape, *, seed: int, epoch: int, rank: int = 0) -> Plan:
     """The micro-batches of one rank in one training epoch, in order.
 
     Args:
@@ -109,44 +197,35 @@ def plan_epoch(
         rank: of world_size.
     """
     random = np.random.default_rng([seed, epoch])
-    shuffled = random.permutation(len(lengths)).tolist()
-    if shape.packing:
-        rows = pack(lengths, shape.max_length, shuffled)
-        rows = [rows[index] for index in random.permutation(len(rows))]
-    else:
-        rows = [(index,) for index in shuffled]
-    columns = _columns(rows, shape)  # [position in the epoch][rank]
-    plan: list[MicroBatch] = []
-    for start in range(0, len(columns), shape.accumulate):
-        window = columns[start : start + shape.accumulate]
-        tokens = sum(supervised[index] for column in window for rows_ in column for row in rows_ for index in row)
-        share = shape.accumulate * shape.world_size / tokens
-        for micro, column in enumerate(window):
-            plan.append(
-                MicroBatch(
-                    rows=column[rank],
-                    share=share,
-                    seed=_dropout_seed(seed, epoch, start // shape.accumulate, micro, rank),
-                )
-            )
-    return plan
+    shuffled = random.permutation(len(lengths))
+    rows = pack(lengths, shape.max_length, shuffled) if shape.packing else _one_each(shuffled)
+    order = random.permutation(len(rows)) if shape.packing else np.arange(len(rows))
+    return Plan(rows, order, np.asarray(supervised), shape, (seed, epoch), rank)
 
 
-def plan_evaluation(lengths: Sequence[int], shape: Shape, *, rank: int = 0) -> list[MicroBatch]:
+def plan_evaluation(lengths: Lengths, shape: Shape, *, rank: int = 0) -> Plan:
     """The micro-batches of one rank that visit every example once, always in the same order.
 
     The share is 1: sums and counts are added up and divided at the end.
     """
-    order = range(len(lengths))
-    rows = pack(lengths, shape.max_length, order) if shape.packing else [(index,) for index in order]
-    return [MicroBatch(column[rank], share=1.0, seed=0) for column in _columns(rows, shape)]
+    order = np.arange(len(lengths))
+    rows = pack(lengths, shape.max_length, order) if shape.packing else _one_each(order)
+    return Plan(rows, np.arange(len(rows)), None, shape, (0, 0), rank)
 
 
-def num_batches(lengths: Sequence[int], shape: Shape) -> int:
-    """Micro-batches of each rank in an epoch, the same in every epoch."""
-    if not shape.packing:
-        return _num_columns(len(lengths), shape)
-    return _num_columns(len(pack(lengths, shape.max_length, range(len(lengths)))), shape)
+def num_rows(lengths: Lengths, shape: Shape) -> int:
+    """Rows in an epoch, the same in every epoch."""
+    return len(pack(lengths, shape.max_length, np.arange(len(lengths)))) if shape.packing else len(lengths)
+
+
+def num_batches(rows: int, shape: Shape) -> int:
+    """Micro-batches of each rank in an epoch of so many rows."""
+    total = -(-rows // (shape.batch_size * shape.world_size))
+    if shape.limit is None:
+        return total
+    if isinstance(shape.limit, int):
+        return min(shape.limit, total)
+    return int(total * shape.limit)  # as Lightning rounds a fraction
 
 
 def num_steps(batches: int, accumulate: int) -> int:
@@ -158,22 +237,14 @@ def num_steps(batches: int, accumulate: int) -> int:
     return -(-batches // accumulate)
 
 
-def _num_columns(num_rows: int, shape: Shape) -> int:
-    total = -(-num_rows // (shape.batch_size * shape.world_size))
-    if shape.limit is None:
-        return total
-    if isinstance(shape.limit, int):
-        return min(shape.limit, total)
-    return int(total * shape.limit)  # as Lightning rounds a fraction
+def _one_each(order: Array) -> Rows:
+    return Rows(order, np.arange(1, len(order) + 1))
 
 
-def _columns(rows: Sequence[Row], shape: Shape) -> list[list[tuple[Row, ...]]]:
-    """Micro-batches by position in the epoch and rank; ranks without rows at the end get empty ones."""
-    size, world = shape.batch_size, shape.world_size
-    micro_batches = [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
-    micro_batches += [()] * (-len(micro_batches) % world)
-    columns = [micro_batches[start : start + world] for start in range(0, len(micro_batches), world)]
-    return columns[: _num_columns(len(rows), shape)]
+def in_pieces(values: Array, size: int = 2**16) -> Iterator[int]:
+    """Plain numbers, of which only so many are in memory at once."""
+    for start in range(0, len(values), size):
+        yield from values[start : start + size].tolist()
 
 
 def _dropout_seed(*key: int) -> int:

@@ -19,15 +19,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from lit_phi2.data.prompts import header_within
 from lit_phi2.errors import InputError
 
 CLAIMS = Path(__file__).parent.parent / "assets" / "claims"
 SHOWN_FAULTS = 20
+_BATCH = 1000  # rows whose ids are looked up at a time
 _ENDINGS = ".jsonl, .json, .csv or .parquet"
 _FACT = '{"text": "...", "kind": "..."}'
+
+
+Place = tuple[int, int, int]  # number of the source, line, column; the last is 0 where a line holds one record
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,40 +100,113 @@ class Fault:
 def read_records(
     sources: Sequence[str], fields: Fields, *, needs_response: bool, with_facts: bool = False
 ) -> tuple[list[Record], list[Fault]]:
-    """All records of all sources, in order, and the faults of those that are none.
+    """All records of all sources, in order, and the faults of those that are none; see `each_record`."""
+    records: list[Record] = []
+    faults: list[Fault] = []
+    for found in each_record(sources, fields, needs_response=needs_response, with_facts=with_facts):
+        records.append(found) if isinstance(found, Record) else faults.append(found)
+    return records, faults
+
+
+def each_record(
+    sources: Sequence[str], fields: Fields, *, needs_response: bool, with_facts: bool = False
+) -> Iterator[Record | Fault]:
+    """The records of all sources, in order, and what is wrong with those that are none, one after another.
 
     With `with_facts` their category, form and facts are read too, where there are any; only test has a use for them.
 
     Raises:
         InputError: a source is missing, empty, of an unknown format, or has none of the expected columns.
     """
-    records: list[Record] = []
-    faults: list[Fault] = []
-    seen: dict[str, str] = {}  # id -> place
+    used = _UsedIds(sources)
     names: set[str] = set()  # of fields
-    for source, label in zip(sources, _labels(sources), strict=True):
-        found_any = False
-        for line, row in _read_rows(source, fields, needs_response):
-            found_any = True
-            place = f"{source}:{line}"
-            checked = _check(row, fields, place, f"{label}:{line}", needs_response)
-            if with_facts and isinstance(checked, Record):
-                checked = _with_facts(checked, row)
-            if isinstance(checked, Record) and (first := seen.get(checked.id)):
-                told = f"id {short(checked.id)!r} was already used at {first}; ids must be unique."
-                checked = Fault(place, told, _raw(row))
-            elif isinstance(checked, Record):
-                seen[checked.id] = place
-            records.append(checked) if isinstance(checked, Record) else faults.append(checked)
+    for batch in batched(_checked_rows(sources, fields, needs_response, with_facts), _BATCH):
+        rows, checked, places = zip(*batch, strict=True)
+        for row, found, first in zip(rows, checked, used.add(checked, places), strict=True):
             if isinstance(row, dict):
                 names.update(row)
-        if not found_any:
-            raise InputError(f"{source}: is empty; expected at least one record.")
+            if first and isinstance(found, Record):
+                told = f"id {short(found.id)!r} was already used at {first}; ids must be unique."
+                yield Fault(found.place, told, _raw(row))
+            else:
+                yield found
     for name in ("input", "id"):  # absent where nobody named them, a typo where somebody did
         field = getattr(fields, name)
         if field != name and field not in names:
             raise InputError(f"data.{name}_field: no record has a field {field!r}; there are {_listed(sorted(names))}.")
-    return records, faults
+
+
+def _checked_rows(
+    sources: Sequence[str], fields: Fields, needs_response: bool, with_facts: bool
+) -> Iterator[tuple[Any, Record | Fault, Place]]:
+    """Each row as it was parsed, the record in it or what is wrong with it, and its place in numbers."""
+    for number, (source, label) in enumerate(zip(sources, _labels(sources), strict=True)):
+        found_any = False
+        for line, row in _read_rows(source, fields, needs_response):
+            found_any = True
+            checked = _check(row, fields, f"{source}:{line}", f"{label}:{line}", needs_response)
+            if with_facts and isinstance(checked, Record):
+                checked = _with_facts(checked, row)
+            first, _, column = str(line).partition(":")
+            yield row, checked, (number, int(first), int(column or 0))
+        if not found_any:
+            raise InputError(f"{source}: is empty; expected at least one record.")
+
+
+class _UsedIds:
+    """Which ids were used, and where first, in 20 bytes an id: a dict of ten million takes gigabytes.
+
+    Ids are told apart by 64 bits of their hash; among ten million different ones two share them once in 370,000 times.
+    They are kept in sorted runs, each at least twice as long as the next, as in a log-structured merge tree.
+    """
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.sources = sources
+        self.runs: list[tuple[Any, Any]] = []  # hashes (n,), places (n, 3)
+
+    def add(self, batch: Sequence[Record | Fault], places: Sequence[Place]) -> list[str | None]:
+        """For each record the place where its id was used before, or None; then its own place is kept."""
+        hashes = np.array([hash(found.id) if isinstance(found, Record) else 0 for found in batch], np.int64)
+        before = np.zeros((len(batch), 3), np.uint32)
+        known = np.zeros(len(batch), bool)
+        for run_hashes, run_places in self.runs:
+            nearest = np.searchsorted(run_hashes, hashes).clip(max=len(run_hashes) - 1)
+            hit = run_hashes[nearest] == hashes
+            known |= hit
+            before[hit] = run_places[nearest[hit]]
+        first: list[str | None] = [None] * len(batch)
+        fresh: dict[int, Place] = {}
+        for index, (found, digest) in enumerate(zip(batch, hashes.tolist(), strict=True)):
+            if not isinstance(found, Record):
+                continue
+            if known[index]:
+                first[index] = self._named(before[index].tolist())
+            elif digest in fresh:
+                first[index] = self._named(fresh[digest])
+            else:
+                fresh[digest] = places[index]
+        if fresh:
+            self._keep(np.array(list(fresh), np.int64), np.array(list(fresh.values()), np.uint32))
+        return first
+
+    def _keep(self, hashes: Any, places: Any) -> None:
+        order = np.argsort(hashes)
+        self.runs.append((hashes[order], places[order]))
+        while len(self.runs) > 1 and len(self.runs[-2][0]) < 2 * len(self.runs[-1][0]):
+            hashes, places = map(np.concatenate, zip(*self.runs[-2:], strict=True))
+            order = np.argsort(hashes, kind="stable")
+            self.runs[-2:] = [(hashes[order], places[order])]
+
+    def _named(self, place: Place) -> str:
+        source, line, column = place
+        return f"{self.sources[source]}:{line}" + (f":{column}" if column else "")
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of so many, the last of what is left; itertools has it from Python 3.12 on."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def raise_faults(faults: Sequence[Fault], *, setting: str) -> None:

@@ -7,8 +7,9 @@ train  claims:train
 
 from lit_phi2.batch import Example
 from lit_phi2.data.collate import collate
-from lit_phi2.data.datamodule import ClaimsDataModule, Split
-from lit_phi2.data.plan import pack
+from lit_phi2.data.datamodule import ClaimsDataModule
+from lit_phi2.data.plan import Shape, num_rows
+from lit_phi2.data.store import Split
 
 
 def report(data: ClaimsDataModule) -> str:
@@ -33,24 +34,21 @@ def marked(example: Example, data: ClaimsDataModule) -> str:
 
 def _split_report(use: str, split: Split, data: ClaimsDataModule) -> str:
     lengths, supervised = split.lengths, split.supervised
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    longest = int(lengths.argmax())
+    tokens, learned = int(lengths.sum()), int(supervised.sum())
     total = len(split.examples) + len(split.left_out)
-    trimmed = sum(example.trimmed for example in split.examples)
-    rows = pack(lengths, data.max_length, range(len(lengths))) if data.packing else [(i,) for i in range(len(lengths))]
+    rows = num_rows(lengths, Shape(data.max_length, data.packing))
     lines = [
         ("records", f"{len(split.examples):,}"),
-        ("tokens", f"{sum(lengths):,} ({sum(lengths) / len(lengths):.1f} a record)"),
-        ("supervised tokens", f"{sum(supervised):,} ({sum(supervised) / sum(lengths):.1%})"),
+        ("tokens", f"{tokens:,} ({tokens / len(lengths):.1f} a record)"),
+        ("supervised tokens", f"{learned:,} ({learned / tokens:.1%})"),
         (
             "longest",
             f"{lengths[longest]} tokens, {split.examples[longest].id!r}; {data.max_length} are allowed",
         ),
-        ("trimmed", f"{trimmed:,} ({trimmed / total:.1%})"),
+        ("trimmed", f"{split.trimmed:,} ({split.trimmed / total:.1%})"),
         ("left out", f"{len(split.left_out):,} ({len(split.left_out) / total:.1%})"),
-        (
-            "rows",
-            f"{len(rows):,} of up to {data.max_length} tokens, {sum(lengths) / (len(rows) * data.max_length):.1%} full",
-        ),
+        ("rows", f"{rows:,} of up to {data.max_length} tokens, {tokens / (rows * data.max_length):.1%} full"),
     ]
     body = "\n".join(f"  {name:<18} {value}" for name, value in lines)
     faults = "".join(f"\n  left out: {fault}" for fault in split.left_out[:20])

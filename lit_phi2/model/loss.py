@@ -16,6 +16,8 @@ from torch.nn import functional as F  # noqa: N812  the name that torch's own do
 from lit_phi2.batch import IGNORE_INDEX
 
 LOGITS_BYTES = 64 * 2**20  # at most, of logits at one time, whatever the batch
+SLICE = 4096  # tokens of the vocabulary at a time, at most
+ROWS = 32  # positions in the head's products are a multiple of it
 
 
 class Loss(NamedTuple):
@@ -75,22 +77,34 @@ class _HeadLoss(torch.autograd.Function):
     The softmax is carried from slice to slice by its largest logit and its sum, as online softmax does (Milakov and
     Gimelshein 2018, arXiv:1805.02867), so every product has all positions and every weight is read once each way. The
     gradient of the hidden states is gathered on the way; backward only has to scale it.
+
+    All slices are worked on in the same memory, small enough for a cache, and positions are rounded up to ROWS: a
+    product of a shape that was not seen before is compiled first, for longer than it takes.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        column = hidden.new_zeros(len(hidden), 1, dtype=exact)
+        num, exact = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
+        column = hidden.new_zeros(num, 1, dtype=exact)
         largest, total, at_target = torch.full_like(column, float("-inf")), column.clone(), column.clone()
         best = torch.zeros_like(targets)
         # Of the other tokens: their weights, each times exp(its logit - largest).
         mixed = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
-        width = max(1, LOGITS_BYTES // (len(hidden) * (exact.itemsize + hidden.dtype.itemsize)))
+        padded = F.pad(hidden, (0, 0, 0, -num % ROWS))
+        most = max(1, LOGITS_BYTES // (len(padded) * (exact.itemsize + hidden.dtype.itemsize)))
+        width = -(-len(weight) // -(-len(weight) // min(most, SLICE)))  # slices of about the same width
+        products = hidden.new_zeros(len(padded) * width)
+        scores = hidden.new_empty(num * width, dtype=exact)
         for start in range(0, len(weight), width):
             part = weight[start : start + width]
-            logits = F.linear(hidden, part, None if bias is None else bias[start : start + width]).to(exact)
+            product = products[: len(padded) * len(part)].view(len(padded), -1)
+            logits = scores[: num * len(part)].view(num, -1)
+            torch.mm(padded, part.t(), out=product)
+            logits.copy_(product[:num])
+            if bias is not None:
+                logits.add_(bias[start : start + width])
             here = torch.nonzero((targets >= start) & (targets < start + len(part))).flatten()
             answers = targets[here] - start
             at_target[here, 0] = logits[here, answers]
@@ -103,7 +117,8 @@ class _HeadLoss(torch.autograd.Function):
             if mixed is not None:
                 # Not the target's: where it is nearly sure, its share less one is small, and would drown in rounding.
                 terms[here, answers] = 0
-                mixed.mul_(shrink).add_(terms.to(hidden.dtype) @ part)
+                product[:num] = terms
+                mixed.mul_(shrink).add_((product @ part)[:num])
         nats = (largest + total.log() - at_target).sum()
         grad = None
         if mixed is not None:

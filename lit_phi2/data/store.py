@@ -1,0 +1,271 @@
+"""Store: what became of the records of one use, in memory or, where their files are large, in Arrow on disk.
+
+    records -> examples  ->  lists                                             files of up to IN_MEMORY bytes
+                         ->  <cache_dir>/<key>/examples.arrow, about.json      above it
+
+What is on disk is mapped, not read, so that memory holds the lengths alone, 8 bytes a record. It is written once: the
+key says of which state of which files, by which template, tokenizer and limits. It is written aside under a lock and
+renamed, so two runs that start at once make it once, and a kill leaves nothing that looks whole.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+
+from lit_phi2.batch import Example
+from lit_phi2.data.plan import Array
+from lit_phi2.data.records import Fact, Fault, Record, batched
+from lit_phi2.errors import InputError
+from lit_phi2.files import replace_file
+
+log = logging.getLogger(__name__)
+
+Settled = tuple[Record, Example | Fault]
+Make = Callable[[list[Fault]], Iterable[Settled]]  # appends bad records to the list it is given, as it goes
+Item = TypeVar("Item")
+
+IN_MEMORY = 64 * 2**20  # bytes of files; their examples take up to ten times as much
+FORMAT = 1  # of what is written here
+_BATCH = 1000  # examples in a batch of Arrow, which is what is looked up at a time
+
+
+@dataclass(slots=True)
+class Split:
+    """The examples of one use, and what happened on the way to them.
+
+    Attributes:
+        sources: where the records came from.
+        examples: in the order of the records.
+        records: that became examples.
+        lengths: (n,) int32, tokens of each example.
+        supervised: (n,) int32, those of them that are learned.
+        digest: of every id, token and prompt length, in order: equal for runs that train on the same thing.
+        trimmed: examples whose input section was shortened.
+        bad: records that cannot be used.
+        skipped: overlong records, where data.overlong is skip.
+        num_rows: that they are packed into, once it was counted.
+    """
+
+    sources: list[str]
+    examples: Sequence[Example]
+    records: Sequence[Record]
+    lengths: Array
+    supervised: Array
+    digest: str
+    trimmed: int = 0
+    bad: list[Fault] = field(default_factory=list)
+    skipped: list[Fault] = field(default_factory=list)
+    num_rows: int | None = None
+
+    @property
+    def left_out(self) -> list[Fault]:
+        return self.bad + self.skipped
+
+
+class _Tally:
+    """Lets examples through, and counts them."""
+
+    def __init__(self, make: Make, *, skip: bool) -> None:
+        self.make = make
+        self.skip = skip  # whether what does not fit is left out; otherwise it is a bad record
+        self.bad: list[Fault] = []
+        self.unfit: list[Fault] = []
+        self.lengths, self.supervised = array("i"), array("i")
+        self.trimmed = 0
+        self._digest = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[tuple[Record, Example]]:
+        for record, settled in self.make(self.bad):
+            if isinstance(settled, Fault):
+                self.unfit.append(settled)
+                continue
+            self.lengths.append(len(settled.ids))
+            self.supervised.append(settled.supervised_tokens)
+            self.trimmed += settled.trimmed
+            self._digest.update(f"{len(settled.id)} {settled.id} {settled.prompt_length} {len(settled.ids)} ".encode())
+            self._digest.update(array("i", settled.ids).tobytes())
+            yield record, settled
+
+    def split(self, sources: list[str], examples: Sequence[Example], records: Sequence[Record]) -> Split:
+        bad, skipped = (self.bad, self.unfit) if self.skip else (self.bad + self.unfit, [])
+        lengths, supervised = np.array(self.lengths, np.int32), np.array(self.supervised, np.int32)
+        digest = self._digest.hexdigest()[:16]
+        return Split(sources, examples, records, lengths, supervised, digest, self.trimmed, bad, skipped)
+
+
+def in_memory(sources: list[str], make: Make, *, skip: bool) -> Split:
+    """The examples as lists.
+
+    Args:
+        sources: as named in the config.
+        make: gives the records as tokens.
+        skip: whether records that do not fit are left out, instead of being bad records.
+    """
+    tally = _Tally(make, skip=skip)
+    records, examples = [], []
+    for record, example in tally:
+        records.append(record)
+        examples.append(example)
+    return tally.split(sources, examples, records)
+
+
+def on_disk(sources: list[str], make: Make, *, skip: bool, cache_dir: Path, key: dict[str, Any]) -> Split:
+    """The examples from the cache; the first time, into it.
+
+    Args:
+        sources: as named in the config.
+        make: gives the records as tokens.
+        skip: whether records that do not fit are left out, instead of being bad records.
+        cache_dir: holds the caches.
+        key: everything that decides what is in this one.
+
+    Raises:
+        InputError: what is there is damaged.
+        OSError: the disk is full, or may not be written.
+    """
+    name = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_dir / name
+    if not folder.is_dir():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(cache_dir / f"{name}.lock", f"{', '.join(sources)}: another run tokenizes them; waiting for it"):
+            if not folder.is_dir():  # it is there if another run was faster
+                log.info("%s: large, so tokenized once, into %s", ", ".join(sources), folder)
+                _write(folder, _Tally(make, skip=skip), sources)
+    log.info("%s: the tokens are those in %s, %.1f GB", ", ".join(sources), folder, _size(folder) / 1e9)
+    return _open(folder, sources)
+
+
+def _write(folder: Path, tally: _Tally, sources: list[str]) -> None:
+    aside = folder.with_name(folder.name + ".new")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir()
+    try:
+        _write_examples(aside / "examples.arrow", tally)
+        split = tally.split(sources, [], [])
+        about = {
+            "sources": sources,
+            "digest": split.digest,
+            "trimmed": split.trimmed,
+            "bad": [asdict(fault) for fault in split.bad],
+            "skipped": [asdict(fault) for fault in split.skipped],
+        }
+        replace_file(aside / "about.json", json.dumps(about) + "\n")
+        aside.replace(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write_examples(file: Path, tally: _Tally) -> None:
+    import pyarrow as pa  # type: ignore[import-untyped]  # slow to import, and most runs need none of it
+
+    text = pa.large_string()  # a batch may hold more than the 2 GB of an ordinary one
+    schema = pa.schema(
+        [(name, text) for name in ("id", "instruction", "input", "response", "place", "category", "form", "facts")]
+        + [("prompt_length", pa.int32()), ("trimmed", pa.bool_()), ("ids", pa.large_list(pa.int32()))]
+    )
+    try:
+        with file.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in batched(tally, _BATCH):
+                rows = [
+                    {name: getattr(record, name) for name in schema.names[:7]}
+                    | {
+                        "facts": json.dumps([asdict(fact) for fact in record.facts]) if record.facts else "",
+                        "prompt_length": example.prompt_length,
+                        "trimmed": example.trimmed,
+                        "ids": example.ids,
+                    }
+                    for record, example in batch
+                ]
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+            writer.close()
+            sink.flush()
+            os.fsync(sink.fileno())
+    except OSError as error:  # it names the file, which has another name once it is whole
+        raise OSError(error.errno, error.strerror, str(file.parent)) from error
+
+
+def _open(folder: Path, sources: list[str]) -> Split:
+    import pyarrow as pa
+
+    try:
+        about = json.loads((folder / "about.json").read_text("utf-8"))
+        batches = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
+        found = [batches.get_batch(number) for number in range(batches.num_record_batches)]
+        lengths = [np.diff(batch["ids"].offsets.to_numpy()).astype(np.int32) for batch in found]
+        prompts = [batch["prompt_length"].to_numpy() for batch in found]
+        faults = {name: [Fault(**fault) for fault in about[name]] for name in ("bad", "skipped")}
+    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's own errors are ValueErrors
+        raise InputError(f"data.cache_dir: {folder} is damaged ({error}). Remove it; it will be made anew.") from error
+    total = np.concatenate([np.zeros(0, np.int32), *lengths])
+    return Split(
+        sources,
+        _Stored(found, len(total), _example),
+        _Stored(found, len(total), _record),
+        total,
+        total - np.concatenate([np.zeros(0, np.int32), *prompts]),
+        about["digest"],
+        about["trimmed"],
+        faults["bad"],
+        faults["skipped"],
+    )
+
+
+class _Stored(Sequence[Item]):
+    """Items made of rows of Arrow when they are asked for."""
+
+    def __init__(self, batches: list[Any], length: int, make: Callable[[Any, int], Item]) -> None:
+        self.batches = batches
+        self.length = length
+        self.make = make
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, key: int) -> Item: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Item]: ...
+    def __getitem__(self, key: int | slice) -> Item | list[Item]:
+        if isinstance(key, slice):
+            return [self[index] for index in range(*key.indices(self.length))]
+        batch, row = divmod(range(self.length)[key], _BATCH)
+        return self.make(self.batches[batch], row)
+
+
+def _example(batch: Any, row: int) -> Example:
+    id_, length, trimmed = (batch[name][row].as_py() for name in ("id", "prompt_length", "trimmed"))
+    return Example(id_, batch["ids"][row].values.to_numpy().tolist(), length, trimmed)
+
+
+def _record(batch: Any, row: int) -> Record:
+    texts = {name: batch[name][row].as_py() for name in batch.schema.names[:8]}
+    facts = tuple(Fact(**fact) for fact in json.loads(texts.pop("facts") or "[]"))
+    return Record(**texts, facts=facts)
+
+
+@contextmanager
+def _locked(file: Path, waiting: str) -> Iterator[None]:
+    """Alone among the processes that lock this file; the system lets go of it however a process ends."""
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info(waiting)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
