@@ -12,6 +12,7 @@ The flow, which is also the order in which to read the rooms:
     Record -> prompt             data/prompts.py        the one template, for fit, samples and predict
     prompt -> Example            data/encode.py         token ids and labels
     Examples -> plan             data/plan.py           which examples share a row, a batch, an optimizer step
+    Examples kept                data/store.py          in memory; of large files on disk, made once
     Example -> Row -> Batch      data/collate.py        tensors; data/datamodule.py arranges, data/report.py inspects
 
     Batch -> hidden states       model/phi2.py          Phi-2 with a fused Wqkv, adapted by model/lora.py

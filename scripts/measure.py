@@ -5,17 +5,22 @@
     python scripts/measure.py sizes --base FOLDER                   a step by length and number of rows
     python scripts/measure.py kinds --base FOLDER                   where the time of a step goes, ours and PEFT's
     python scripts/measure.py compile --base FOLDER                 steps with torch.compile, and without
+    python scripts/measure.py scale --records FILE                  time and memory by number of records
 
 Figures of one machine at one time: compare those of one run only.
 """
 
 import argparse
 import gc
+import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -26,6 +31,7 @@ import torch
 from bench import RANK, forget_peak, peak_gib, product_rates
 
 LENGTHS, BATCHES = (128, 256, 512, 1024, 2048), (1, 2, 4, 8)
+COUNTS = (10**4, 10**5, 10**6)
 EXAMPLE = 128  # tokens of a synthetic example, half of them learned
 # Kind -> names of torch's operators, as a profile tells them; the first kind that fits counts.
 KINDS = {
@@ -41,14 +47,18 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tokens", "start", "sizes", "kinds", "compile"])
+    parser.add_argument("what", choices=["tokens", "start", "sizes", "kinds", "compile", "scale"])
     parser.add_argument("--base", default="tiny", help="as model.base")
     parser.add_argument("--records", default="claims:train", help="as data.train_files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
+    parser.add_argument("--planned", type=int, default=10**7, help="records of scale that are only planned")
+    parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl")
     args = parser.parse_args()
-    {"tokens": tokens, "start": start, "sizes": sizes, "kinds": kinds, "compile": compiled}[args.what](args)
+    what = {"tokens": tokens, "start": start, "sizes": sizes, "kinds": kinds, "compile": compiled, "scale": scale}
+    what[args.what](args)
 
 
 def tokens(args: argparse.Namespace) -> None:
@@ -129,16 +139,16 @@ def sizes(args: argparse.Namespace) -> None:
                 f"| {1024 * logits_gib(module, batch):.0f} |",
                 flush=True,
             )
-    points.sort()
+    counts = sorted({point[0] for point in points})
     for title, index in (("seconds", 1), ("GiB above the model", 2)):
-        values = [
-            max(point[index] for point in points if point[0] == count) for count in sorted({p[0] for p in points})
-        ]
-        counts = ", ".join(f'"{count}"' for count in sorted({p[0] for p in points}))
-        print(
-            f'\n```mermaid\nxychart-beta\n    title "A step: {title} by tokens"\n    x-axis [{counts}]\n'
-            f'    y-axis "{title}"\n    line [{", ".join(f"{value:.2f}" for value in values)}]\n```'
-        )
+        plot(f"A step: {title} by tokens", title, counts, [max(p[index] for p in points if p[0] == n) for n in counts])
+
+
+def plot(title: str, unit: str, counts: list[int], values: list[float]) -> None:
+    """A line in the notation that GitHub draws."""
+    names = ", ".join(f'"{count:,}"' for count in counts)
+    print(f'\n```mermaid\nxychart-beta\n    title "{title}"\n    x-axis [{names}]\n    y-axis "{unit}"')
+    print(f"    line [{', '.join(f'{value:.2f}' for value in values)}]\n```")
 
 
 def kinds(args: argparse.Namespace) -> None:
@@ -198,6 +208,124 @@ def compiled(args: argparse.Namespace) -> None:
     first = len(batches) * (took["compiled"][0] - median(took["compiled"][1:]))
     whole = 1000 * median(took["as it is"][1:]) / (first + 1000 * median(took["compiled"][1:]))
     print(f"compiled: {steady:.2f} times as fast once made, {first:.0f} s to make; over 1,000 steps {whole:.2f} times")
+
+
+def scale(args: argparse.Namespace) -> None:
+    """Records made of those of --records, told apart by a number; each count in a process of its own.
+
+    Memory is what a process holds by itself (RssAnon), above what it held before; pages of a mapped file are the
+    system's, which takes them back at need.
+    """
+    print("| records | GB of file | GB of cache | read and tokenized, s | memory, GiB | opened again, s | memory, GiB "
+          "| epoch planned, s | memory, GiB | its middle step, ms |")  # fmt: skip
+    print("|---" * 10 + "|")
+    context = multiprocessing.get_context("spawn")
+    took: dict[str, list[float]] = {"seconds to read and tokenize, a 1,000 records": [], "GiB while doing so": []}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+        for count in args.counts:
+            file = Path(scratch) / f"{count}.{args.format}"
+            write_many(file, args.records, count)
+            row = [f"{count:,}", f"{file.stat().st_size / 1e9:.2f}"]
+            for again in (False, True):
+                with context.Pool(1) as pool:
+                    found = pool.apply(set_up, (str(file), args.base, scratch))
+                if not again:
+                    for name, value in zip(took, (1000 * found["seconds"] / count, found["gib"]), strict=True):
+                        took[name].append(value)
+                row += [f"{found['cached'] / 1e9:.2f}"] * (not again) + [
+                    f"{found['seconds']:.1f}",
+                    f"{found['gib']:.2f}",
+                ]
+            lengths = found["lengths"]
+            with context.Pool(1) as pool:
+                row += pool.apply(plan_many, (lengths, count))
+            print("| " + " | ".join(row) + " |", flush=True)
+            file.unlink()
+        with context.Pool(1) as pool:
+            row = [f"{args.planned:,}", *["-"] * 6, *pool.apply(plan_many, (lengths, args.planned))]
+        print("| " + " | ".join(row) + " |")
+    for name, values in took.items():
+        plot(name, name, list(args.counts), values)
+
+
+def write_many(file: Path, source: str, count: int) -> None:
+    """So many records, each with an id, a claim number and so a prompt of its own."""
+    import pyarrow as pa  # type: ignore[import-untyped]  # it has no types
+    from pyarrow import parquet
+
+    from lit_phi2.data.records import Fields, batched, read_records
+
+    records, _ = read_records([source], Fields(), needs_response=True)
+    numbered = (
+        {
+            "id": f"record {number}",
+            "instruction": f"{records[number % len(records)].instruction} Claim {number}.",
+            "input": records[number % len(records)].input,
+            "response": records[number % len(records)].response,
+        }
+        for number in range(count)
+    )
+    if file.suffix == ".jsonl":
+        with file.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in numbered)
+        return
+    schema = pa.schema([(name, pa.string()) for name in ("id", "instruction", "input", "response")])
+    with parquet.ParquetWriter(file, schema) as writer:
+        for batch in batched(numbered, 1000):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+
+
+def set_up(file: str, base: str, scratch: str) -> dict[str, Any]:
+    """What fit does with its files before it loads a model."""
+    from lit_phi2.data.datamodule import ClaimsDataModule
+
+    cache = Path(scratch) / "cache"
+    data = ClaimsDataModule(train_files=file, base=base, max_length=1024, overlong="skip", cache_dir=str(cache))
+    with watched() as seen:
+        data.setup("fit")
+        batch = data.splits["train"].examples[len(data.splits["train"].examples) // 2]
+        assert batch.ids
+    folders = [folder for folder in cache.glob("*") if folder.is_dir()]
+    cached = max((sum(part.stat().st_size for part in folder.iterdir()) for folder in folders), default=0)
+    return {**seen, "cached": cached, "lengths": data.splits["train"].lengths[:100_000]}
+
+
+def plan_many(lengths: Any, count: int) -> list[str]:
+    """An epoch of so many examples, whose lengths are drawn from these."""
+    import numpy as np
+
+    from lit_phi2.data.plan import Shape, plan_epoch
+
+    drawn = np.random.default_rng(0).choice(lengths, count)
+    with watched() as seen:
+        plan = plan_epoch(drawn, drawn // 2, Shape(1024, accumulate=8), seed=0, epoch=1)
+    began = time.perf_counter()
+    assert plan[len(plan) // 2].rows
+    return [f"{seen['seconds']:.1f}", f"{seen['gib']:.2f}", f"{1000 * (time.perf_counter() - began):.1f}"]
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Fills in the seconds, and the most memory that was held at one time, in GiB above what was held before."""
+    seen, done = {"seconds": 0.0, "gib": 0.0}, threading.Event()
+
+    def held() -> float:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) / 2**20
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen["gib"] = max(seen["gib"], held() - before)
+
+    before, began = held(), time.perf_counter()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        seen["seconds"] = time.perf_counter() - began
+        done.set()
+        watcher.join()
 
 
 def uneven(generator: torch.Generator, vocabulary: int) -> Any:

@@ -181,7 +181,7 @@ def test_a_file_that_changed_is_read_again_though_size_and_time_are_the_same(mak
     data = make()
     data.setup("predict")
     before = file.stat()
-    file.write_text(file.read_text("utf-8").replace("claim 7 ", "claim 8 "), "utf-8")
+    file.write_text(file.read_text("utf-8").replace("claim 9 ", "claim 8 "), "utf-8")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.stat().st_size == before.st_size
     again = make()
