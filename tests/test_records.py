@@ -323,6 +323,7 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     "list": (changed("input", ["Code 97"]), "field 'input' is a list; expected a text."),
     "object": (changed("input", {"code": 97}), "field 'input' is an object; expected a text."),
     "half a character": (changed("response", "\ud83d"), "field 'response' holds half of a surrogate pair"),
+    "half a character in the id": (changed("id", "c\ud83d"), "field 'id' holds half of a surrogate pair"),
     "header in a field": (
         changed("input", "Notes\n### Response:\nDenied"),
         "field 'input' has a line that begins with '### Response:', a section header of the template",
@@ -343,6 +344,7 @@ def test_a_bad_record_is_a_fault_with_its_place_and_the_others_are_kept(kind: st
     assert [record.id for record in records] == ["g", "h"]
     assert len(faults) == 1
     assert str(faults[0]).startswith(f"{path}:3: {message.format(path=path)}")
+    faults[0].raw.encode()  # a file can hold it
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ CLAIMS = Path(__file__).parent.parent / "assets" / "claims"
 SHOWN_FAULTS = 20
 _BATCH = 1000  # rows whose ids are looked up at a time
 _ENDINGS = ".jsonl, .json, .csv or .parquet"
+_HALF = "holds half of a surrogate pair; expected whole characters."
 _FACT = '{"text": "...", "kind": "..."}'
 
 
@@ -447,6 +448,8 @@ def _check(row: Any, fields: Fields, place: str, default_id: str, needs_response
         record_id = default_id
     if isinstance(record_id, bool) or not isinstance(record_id, str | int):
         return Fault(place, f"field {fields.id!r} is {_kind(record_id)}; expected a text or a whole number.", _raw(row))
+    if not _is_whole(str(record_id)):
+        return Fault(place, f"field {fields.id!r} {_HALF}", _raw(row))
     texts = {name: row.get(name) or "" for name in (fields.instruction, fields.input, fields.response)}
     for name, text in texts.items():
         if header := header_within(text):
@@ -470,6 +473,11 @@ def _with_facts(record: Record, row: dict[str, Any]) -> Record | Fault:
         texts = (fact.get("text"), fact.get("kind")) if isinstance(fact, dict) else (None, None)
         if not all(isinstance(text, str) and text.strip() for text in texts):
             return Fault(record.place, f"field 'facts' holds {_raw(fact)}; expected {_FACT}.", _raw(row))
+        if not all(map(_is_whole, texts)):
+            return Fault(record.place, f"field 'facts' {_HALF}", _raw(row))
+    for name in ("category", "form"):
+        if isinstance(row.get(name), str) and not _is_whole(row[name]):
+            return Fault(record.place, f"field {name!r} {_HALF}", _raw(row))
     # Spaces folded, since a group is a row of a table.
     groups = {name: " ".join(row[name].split()) for name in ("category", "form") if isinstance(row.get(name), str)}
     return replace(record, **groups, facts=tuple(Fact(fact["text"], fact["kind"]) for fact in facts))
@@ -487,11 +495,15 @@ def _text_fault(row: dict[str, Any], name: str, *, required: bool) -> str | None
         return f"field {name!r} is {_kind(value)}; expected a text."
     if required and not value.strip():
         return f"field {name!r} is {'blank' if value else 'empty'}; expected a text."
+    return None if _is_whole(value) else f"field {name!r} {_HALF}"
+
+
+def _is_whole(text: str) -> bool:
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
-        return f"field {name!r} holds half of a surrogate pair; expected whole characters."
-    return None
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:
@@ -519,4 +531,6 @@ def _listed(names: Iterable[Any]) -> str:
 
 
 def _raw(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str)
+    """The row as JSON; half of a surrogate pair, which no file can hold, as the escape that it came from."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
