@@ -214,3 +214,25 @@ def test_runs_started_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
     assert len(folders) == 4
     assert all(folders)
     assert open_run(tmp_path, "x").name == "version_4"
+
+
+def test_a_full_disk_while_predicting_ends_plainly_and_predict_goes_on(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The .part is the larger file, so it is short of a byte, of half, or of all but a few bytes."""
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    assert main(["predict", *arguments, f"--output={whole}"]) == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (whole.stat().st_size - 1, whole.stat().st_size // 2, 10):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            code = main(["predict", *arguments, f"--output={output}"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        said = capsys.readouterr().err
+        assert (code, "Traceback" in said, "File too large" in said) == (1, False, True), said
+        assert not output.exists()
+    assert main(["predict", *arguments, f"--output={output}"]) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("answers.jsonl.*"))
