@@ -105,7 +105,8 @@ class Trainer(pl.Trainer):
         if self.wants_checkpoints:
             steps, minutes = self.checkpoint_every_n_steps, self.checkpoint_every_minutes
             self.strategy.checkpoint_io = WholeFiles()
-            self.callbacks.append(AdapterCheckpoint(folder, every_n_steps=steps, every_minutes=minutes))
+            checkpoints = AdapterCheckpoint(folder, every_n_steps=steps, every_minutes=minutes)
+            self.callbacks.append(checkpoints)
         else:
             log.warning("trainer.enable_checkpointing is false: no checkpoint and no adapter will be kept")
         self.fit_loop.epoch_loop = WindowEpochLoop(self, self.min_steps, self.max_steps)
@@ -115,6 +116,7 @@ class Trainer(pl.Trainer):
         if self.global_step < total_steps:
             log.info("stopped early, after step %d of %d", self.global_step, total_steps)
         if self.wants_checkpoints:
+            checkpoints.export(self, model)
             log.info("adapter: %s", folder / "adapter")
 
     def validate(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None = None) -> None:

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def main() -> int:
                 for name in expected:
                     if found.get(name) != expected[name]:
                         print(f"run {number}: {name} differs: {found.get(name)} and not {expected[name]}")
+                        show_difference(undisturbed, folder, name)
                 print((root / "log").read_text()[-3000:])
                 return 1
             number += 1
@@ -279,6 +281,14 @@ def outcome(folder: Path) -> dict[str, str]:
     left = sorted(path.name for path in run.rglob("*") if path.suffix == ".part")
     found["left over"] = ", ".join(left)
     return found
+
+
+def show_difference(undisturbed: Path, folder: Path, name: str) -> None:
+    """The first line that is another one, of a file of lines."""
+    files = [run / name for run in (newest_run(undisturbed), newest_run(folder)) if run is not None]
+    if name.endswith(".jsonl"):
+        both = zip_longest(*(file.read_text("utf-8").splitlines() for file in files))
+        print(*next(lines for lines in both if lines[0] != lines[1]), sep="\n")
 
 
 def sha256(content: bytes) -> str:

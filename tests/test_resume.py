@@ -1,6 +1,7 @@
 """A resumed run is the same run, bit for bit in float32 on the CPU."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,23 @@ def test_a_run_that_dies_and_is_resumed_ends_in_the_same_weights(
         assert got["global_step"] == want["global_step"]
         assert all(torch.equal(got["state_dict"][key], weight) for key, weight in want["state_dict"].items())
     assert (resumed / "samples.jsonl").read_text() == (whole_folder / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("written", [[], ["adapter_model.safetensors"]])
+def test_a_run_that_died_while_it_exported_exports_when_it_is_resumed(
+    written: list[str], whole_run: tuple[Path, Path, dict[str, Tensor]], native_folder: Path, tmp_path: Path
+) -> None:
+    """All steps were taken, so Lightning's loop has nothing to do and calls no hook of training."""
+    train_file, whole_folder, _ = whole_run
+    folder = tmp_path / "version_0"
+    shutil.copytree(whole_folder, folder)
+    for path in (folder / "adapter").iterdir():
+        if path.name not in written:
+            path.unlink()
+    module, data = setup_run(native_folder, train_file)
+    trainer_for(tmp_path).fit(module, data, ckpt_path=str(folder / "checkpoints" / "last.ckpt"))
+    for path in (whole_folder / "adapter").iterdir():
+        assert (folder / "adapter" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize(

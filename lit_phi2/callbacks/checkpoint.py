@@ -116,6 +116,12 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_handlers()
+
+    def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the best adapter; fit calls it last, also where a resumed run finds that all steps were taken.
+
+        Lightning calls no hook of training then, and the run may have been killed in here.
+        """
         if not trainer.is_global_zero:
             return
         source = self.best if self.best.is_file() else self.last

@@ -473,7 +473,7 @@ def _with_facts(record: Record, row: dict[str, Any]) -> Record | Fault:
         texts = (fact.get("text"), fact.get("kind")) if isinstance(fact, dict) else (None, None)
         if not all(isinstance(text, str) and text.strip() for text in texts):
             return Fault(record.place, f"field 'facts' holds {_raw(fact)}; expected {_FACT}.", _raw(row))
-        if not all(map(_is_whole, texts)):
+        if not all(_is_whole(str(text)) for text in texts):
             return Fault(record.place, f"field 'facts' {_HALF}", _raw(row))
     for name in ("category", "form"):
         if isinstance(row.get(name), str) and not _is_whole(row[name]):
