@@ -31,7 +31,7 @@ from lit_phi2.errors import InputError, NonFiniteError, Stopped
 from lit_phi2.model.lora import read_adapter
 from lit_phi2.model.module import LitPhi2
 from lit_phi2.runs import find_checkpoint
-from lit_phi2.terminal import printable, set_up_logging
+from lit_phi2.terminal import AFTER_A_FAULT, LOST_PROCESS, printable, set_up_logging
 from lit_phi2.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,6 @@ _ALLOWED_CLASSES = (
     profilers.PyTorchProfiler,
     profilers.SimpleProfiler,
 )
-_AFTER_A_FAULT = "The last checkpoint is whole; mend this and go on with fit --ckpt_path last, or run predict again."
 _LOST_PEER = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|broken pipe")
 MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
 
@@ -93,14 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if os.environ.get("LIT_PHI2_TRACEBACK") == "1" or not _LOST_PEER.search(str(error)):
             raise
-        gone = f"rank {rank_zero_only.rank}: another process of this run is gone. {_AFTER_A_FAULT}"
-        print(f"\nerror: {gone}", file=sys.stderr, flush=True)
+        print(f"\nerror: rank {rank_zero_only.rank}: {LOST_PROCESS}", file=sys.stderr, flush=True)
         os._exit(1)  # what waits for the others at exit would wait in vain
     except OSError as error:  # a full disk, a lost permission, a folder that went away
         if os.environ.get("LIT_PHI2_TRACEBACK") == "1":
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(printable(f"\nerror: {where}{error.strerror or error}. {_AFTER_A_FAULT}"), file=sys.stderr)
+        print(printable(f"\nerror: {where}{error.strerror or error}. {AFTER_A_FAULT}"), file=sys.stderr)
         return 1
     return 0
 

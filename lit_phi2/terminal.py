@@ -26,11 +26,23 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"{found[0]!a}"[1:-1], text)
 
 
+AFTER_A_FAULT = "The last checkpoint is whole; mend this and go on with fit --ckpt_path last, or run predict again."
+LOST_PROCESS = f"another process of this run is gone. {AFTER_A_FAULT}"
+
+
 class _BesideProgressBars(logging.Handler):
     """Writes lines to stderr, each on a line of its own even while a progress bar is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(printable(self.format(record)), file=sys.stderr)
+
+
+class _LostProcess(logging.Handler):
+    """Says why, before Lightning kills what is left of a run of several processes, which it does in silence."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "terminated with code" in record.getMessage():
+            print(f"\nerror: {LOST_PROCESS}", file=sys.stderr, flush=True)
 
 
 def _told_by_the_main_thread(args: threading.ExceptHookArgs) -> None:
@@ -49,6 +61,9 @@ def set_up_logging() -> None:
     ours.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    observer = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    observer.handlers[:], observer.propagate = [_LostProcess()], False
+    observer.setLevel(logging.INFO)
     threading.excepthook = _told_by_the_main_thread
     profilers = logging.getLogger("lightning.pytorch.profilers")
     profilers.setLevel(logging.INFO)  # who sets trainer.profiler wants its report

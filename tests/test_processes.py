@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from lightning.fabric.strategies.launchers import subprocess_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_phi2.terminal import set_up_logging
 from runs import relative_difference
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +159,20 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_another_number(a
     assert "data.batch_size 1 x trainer.accumulate_grad_batches 3 x 1 processes" in told
     run([*resume, *on(1, 4)])
     same_run(tmp_path, alone)
+
+
+def test_what_lightning_does_in_silence_when_a_process_has_died_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its observer looks every five seconds, and may be faster than the collective that fails."""
+    set_up_logging()
+    ended: list[tuple[int, int]] = []
+    monkeypatch.setattr(subprocess_script.os, "kill", lambda *given: ended.append(given))
+    dead = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    dead.wait()
+    assert subprocess_script._ChildProcessObserver(12345, [dead])._run()
+    assert ended == [(12345, signal.SIGKILL)]
+    assert "error: another process of this run is gone. The last checkpoint is whole" in capsys.readouterr().err
 
 
 def test_strategies_for_large_trained_models_are_refused(tmp_path: Path) -> None:
