@@ -10,7 +10,10 @@ Labels name their own token: `labels[t]` is `input_ids[t]` where it is supervise
 transformers. The loss does the shift.
 """
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +25,24 @@ IGNORE_INDEX = -100  # the index that torch's cross_entropy skips by default
 TEMPLATE_VERSION = 1  # of data/prompts.py; kept with every adapter, which answers only the prompts that it learned
 
 Row = tuple[int, ...]
+Item = TypeVar("Item")
+
+
+class MadeWhenAsked(Sequence[Item]):
+    """A sequence whose items are made when they are asked for, since millions of them would take gigabytes."""
+
+    @abstractmethod
+    def make(self, index: int) -> Item:
+        """The item at an index from 0 to the length."""
+
+    @overload
+    def __getitem__(self, key: int) -> Item: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Item]: ...
+    def __getitem__(self, key: int | slice) -> Item | list[Item]:
+        if isinstance(key, slice):
+            return [self.make(index) for index in range(len(self))[key]]
+        return self.make(range(len(self))[key])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,17 @@ run needs no state of a loader.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.base import find_base, load_tokenizer, read_config
-from lit_phi2.batch import TEMPLATE_VERSION, Batch, Example, PromptBatch
+from lit_phi2.batch import TEMPLATE_VERSION, Batch, Example, Item, MadeWhenAsked, PromptBatch
 from lit_phi2.data.collate import collate
 from lit_phi2.data.encode import each_example
 from lit_phi2.data.plan import (
@@ -38,7 +38,6 @@ from lit_phi2.data.store import IN_MEMORY, Split, in_memory, on_disk
 from lit_phi2.errors import InputError
 from lit_phi2.files import digest
 
-Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 DEFAULT_VAL_FRACTION = 0.1
@@ -363,7 +362,7 @@ class Loader(Generic[Item, Made]):
         return map(self.make, self.plan())
 
 
-class PromptBatches(Sequence[PromptBatch]):
+class PromptBatches(MadeWhenAsked[PromptBatch]):
     """Prompts to answer, shortest first, so that a batch is padded little; each batch is made when it is asked for.
 
     Args:
@@ -389,14 +388,8 @@ class PromptBatches(Sequence[PromptBatch]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, key: int) -> PromptBatch: ...
-    @overload
-    def __getitem__(self, key: slice) -> list[PromptBatch]: ...
-    def __getitem__(self, key: int | slice) -> PromptBatch | list[PromptBatch]:
-        if isinstance(key, slice):
-            return [self[number] for number in range(*key.indices(len(self)))]
-        indices = self.indices(range(len(self))[key]).tolist()
+    def make(self, index: int) -> PromptBatch:
+        indices = self.indices(index).tolist()
         examples = [self.examples[index] for index in indices]
         return PromptBatch(indices, [example.ids[: example.prompt_length] for example in examples])
 

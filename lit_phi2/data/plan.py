@@ -16,12 +16,12 @@ so the position of a run is its number of optimizer steps and nothing else.
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_phi2.batch import Row
+from lit_phi2.batch import MadeWhenAsked, Row
 
 Array = NDArray[Any]  # of whole numbers
 Lengths = Sequence[int] | Array
@@ -64,7 +64,7 @@ class MicroBatch:
     seed: int
 
 
-class Rows(Sequence[Row]):
+class Rows(MadeWhenAsked[Row]):
     """Rows of indices, all in one array: a tuple for each of millions would take gigabytes.
 
     Args:
@@ -79,14 +79,7 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, key: int) -> Row: ...
-    @overload
-    def __getitem__(self, key: slice) -> list[Row]: ...
-    def __getitem__(self, key: int | slice) -> Row | list[Row]:
-        if isinstance(key, slice):
-            return [self[index] for index in range(*key.indices(len(self)))]
-        index = range(len(self))[key]
+    def make(self, index: int) -> Row:
         start = self.ends[index - 1] if index else 0
         return tuple(self.members[start : self.ends[index]].tolist())
 
@@ -131,7 +124,7 @@ def pack(lengths: Lengths, max_length: int, order: Lengths) -> Rows:
     return Rows(order[np.argsort(filled, kind="stable")], np.bincount(filled, minlength=num_rows).cumsum())
 
 
-class Plan(Sequence[MicroBatch]):
+class Plan(MadeWhenAsked[MicroBatch]):
     """The micro-batches of one rank in an epoch, each made when it is asked for.
 
     Args:
@@ -156,14 +149,7 @@ class Plan(Sequence[MicroBatch]):
     def __len__(self) -> int:
         return num_batches(len(self.order), self.shape)
 
-    @overload
-    def __getitem__(self, key: int) -> MicroBatch: ...
-    @overload
-    def __getitem__(self, key: slice) -> list[MicroBatch]: ...
-    def __getitem__(self, key: int | slice) -> MicroBatch | list[MicroBatch]:
-        if isinstance(key, slice):
-            return [self[index] for index in range(*key.indices(len(self)))]
-        index = range(len(self))[key]
+    def make(self, index: int) -> MicroBatch:
         rows = self._rows(index, self.rank)
         if self.supervised is None:
             return MicroBatch(rows, share=1.0, seed=0)

@@ -19,10 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from lit_phi2.batch import Item
 from lit_phi2.data.prompts import header_within
 from lit_phi2.errors import InputError
 
@@ -35,7 +36,6 @@ _FACT = '{"text": "...", "kind": "..."}'
 
 
 Place = tuple[int, int, int]  # number of the source, line, column; the last is 0 where a line holds one record
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import numpy as np
 
-from lit_phi2.batch import Example
+from lit_phi2.batch import Example, Item, MadeWhenAsked
 from lit_phi2.data.plan import Array
 from lit_phi2.data.records import Fact, Fault, Record, batched
 from lit_phi2.errors import InputError
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 Settled = tuple[Record, Example | Fault]
 Make = Callable[[list[Fault]], Iterable[Settled]]  # appends bad records to the list it is given, as it goes
-Item = TypeVar("Item")
 
 IN_MEMORY = 64 * 2**20  # bytes of files; their examples take up to ten times as much
 FORMAT = 1  # of what is written here
@@ -222,26 +221,20 @@ def _open(folder: Path, sources: list[str]) -> Split:
     )
 
 
-class _Stored(Sequence[Item]):
+class _Stored(MadeWhenAsked[Item]):
     """Items made of rows of Arrow when they are asked for."""
 
-    def __init__(self, batches: list[Any], length: int, make: Callable[[Any, int], Item]) -> None:
+    def __init__(self, batches: list[Any], length: int, read: Callable[[Any, int], Item]) -> None:
         self.batches = batches
         self.length = length
-        self.make = make
+        self.read = read
 
     def __len__(self) -> int:
         return self.length
 
-    @overload
-    def __getitem__(self, key: int) -> Item: ...
-    @overload
-    def __getitem__(self, key: slice) -> list[Item]: ...
-    def __getitem__(self, key: int | slice) -> Item | list[Item]:
-        if isinstance(key, slice):
-            return [self[index] for index in range(*key.indices(self.length))]
-        batch, row = divmod(range(self.length)[key], _BATCH)
-        return self.make(self.batches[batch], row)
+    def make(self, index: int) -> Item:
+        batch, row = divmod(index, _BATCH)
+        return self.read(self.batches[batch], row)
 
 
 def _example(batch: Any, row: int) -> Example:
