@@ -1,14 +1,15 @@
-"""Bench: ours and the tools of today on the same records, base, LoRA targets and effective batch, on the CPU.
+"""Bench: ours and the tools of today on the same records, base, LoRA targets and effective batch.
 
     python scripts/bench.py --setup                                   once: an environment for TRL, one for LitGPT
     python scripts/bench.py --base FOLDER --records mine.jsonl        all peers, three rounds
     python scripts/bench.py --base FOLDER --peers hf-b8,trl --rounds 5
+    python scripts/bench.py --base FOLDER --device cuda --step-records 64 --rows 8 --peers hf-b32,trl,litgpt-mb8
 
     records -> ids.json -> every peer once, untimed: loss at step 0, trained parameters; they must agree
                         -> rounds: ours, peer, ours, peer, ... -> table
 
     notebook                    HF Trainer + PEFT, float32, batch 1, padded to 512: the classic recipe
-    hf-b1, hf-b8[-autocast]     HF Trainer + PEFT, bfloat16, batch 1 or 8, padded to the longest
+    hf-b1, hf-b8[-autocast]     HF Trainer + PEFT, bfloat16, batch 1, 8 or 32, padded to the longest
     trl[-autocast]              TRL's SFTTrainer, bfloat16, packed to 1024, its default length
     rows                        transformers + PEFT in a bare loop over the very rows that ours packs, bfloat16
     litgpt-mb1, litgpt-mb8      LitGPT's LoRA model and the loop of its finetune/lora.py, bfloat16, micro-batch 1 or 8
@@ -19,8 +20,8 @@ drift.
 
 Records are tokenized once and every peer is handed the same ids. All learn the response and the end token alone, for
 one epoch, with AdamW at a cosine from the same peak, LoRA r=2 and alpha=4 without dropout on q, k, v, fc1 and fc2, and
-about eight records to an optimizer step. The base's own dropout (resid_pdrop) is alive where a tool has it; LitGPT has
-none.
+about eight records to an optimizer step (--step-records). The base's own dropout (resid_pdrop) is alive where a tool
+has it; LitGPT has none.
 
 Tokens are those of the records: prompt, response and end token, once a record. A record that a peer drops, cuts or
 trains twice fails the run. Time goes from the first batch to the last optimizer step, without loading. Every run is
@@ -36,7 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -52,7 +53,6 @@ RANK, ALPHA = 2, 4
 LEARNING_RATE, WEIGHT_DECAY = 2e-4, 0.01
 ROW = 512  # tokens in a packed row of ours, and the most that a record may have
 TRL_ROW = 1024  # SFTConfig.max_length by default
-STEP_RECORDS = 8  # in an optimizer step
 CHECKED = 8  # records whose loss is compared, from the first
 TOLERANCE = 0.02  # of that loss: products are in bfloat16, and every peer rounds in other places
 SEED = 42
@@ -74,8 +74,11 @@ def main() -> None:
     parser.add_argument("--base", help="folder of a Phi in Hugging Face form (scripts/build_random_phi2.py writes one)")
     parser.add_argument("--records", default="claims:train", help="as data.train_files: a path, or claims:train")
     parser.add_argument("--count", type=int, default=64, help="records, from the first that fit a row of 512")
-    parser.add_argument("--peers", default=",".join(name for name in PEERS if name not in ("ours", "rows")))
+    parser.add_argument("--peers", default=",".join(name for name in PEERS if name not in ("ours", "rows", "hf-b32")))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--step-records", type=int, default=8, help="records in an optimizer step")
+    parser.add_argument("--rows", type=int, default=1, help="rows in a micro-batch of ours")
     parser.add_argument("--threads", type=int, help="of every process; torch's own choice without")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of all but the notebook")
     parser.add_argument("--worker", choices=["prepare", "convert", *PEERS], help=argparse.SUPPRESS)
@@ -84,8 +87,10 @@ def main() -> None:
     names = [name for name in args.peers.split(",") if name]
     if unknown := [name for name in names if name not in PEERS or name == "ours"]:
         parser.error(f"--peers: {', '.join(unknown)} unknown; expected some of {', '.join(PEERS)}, without ours")
-    if args.count < 1 or args.count % STEP_RECORDS:
-        parser.error(f"--count {args.count}: expected a multiple of {STEP_RECORDS}, the records of an optimizer step")
+    if args.step_records < 8 or args.step_records % 8 or ("hf-b32" in names and args.step_records % 32):
+        parser.error(f"--step-records {args.step_records}: expected a multiple of every peer's batch")
+    if args.count < 1 or args.count % args.step_records:
+        parser.error(f"--count {args.count}: expected a multiple of --step-records, {args.step_records}")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: is less than 1")
     if args.base is None and not args.setup:
@@ -132,7 +137,8 @@ def bench(args: argparse.Namespace, names: list[str]) -> None:
         f"{facts['records']} records, {facts['tokens']:,} tokens, {facts['supervised']:,} of them supervised, the "
         f"longest record {facts['longest']}; {facts['left_out']} records of the source have more than {ROW} tokens "
         f"or faults and are not among them\n"
-        f"base: {facts['layers']} layers, {facts['width']} wide; {args.dtype}; torch {version('torch')}\n",
+        f"base: {facts['layers']} layers, {facts['width']} wide; {args.dtype} on {facts['device']}; "
+        f"torch {version('torch')}\n",
         flush=True,
     )
     if any(PEERS[name].environment == "litgpt" for name in names):
@@ -184,8 +190,10 @@ def launch(
     environment = PEERS[name].environment if name in PEERS else "litgpt" if name == "convert" else ""
     command = [_python(environment), __file__, "--worker", name, "--base", args.base, "--dtype", args.dtype]
     command += ["--records", args.records, "--count", str(args.count)] + ["--check"] * check
-    # All on the CPU, and nothing asks the hub, neither for files nor to report usage.
-    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command += ["--device", args.device, "--step-records", str(args.step_records), "--rows", str(args.rows)]
+    # Nothing asks the hub, neither for files nor to report usage; and where the CPU is measured, no GPU is seen.
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    variables |= {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
     if args.threads:
         command += ["--threads", str(args.threads)]
         variables |= {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
@@ -208,6 +216,7 @@ def launch(
                 )
         run["tokens_per_second"] = facts["tokens"] / run["seconds"]
         kept = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "round": number, "base": args.base, "dtype": args.dtype}
+        kept |= {"device": args.device, "step_records": args.step_records, "rows": args.rows}
         with (BUILD / "runs.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(kept | run) + "\n")
     return run
@@ -282,6 +291,7 @@ class Ledger:
     """What a peer has trained, counted from the batches that it made, and when.
 
     Attributes:
+        device: whose work is waited for before a time is read.
         began: when the first batch was about to be made, in seconds.
         ended: when the last optimizer step was done.
         steps: optimizer steps.
@@ -289,6 +299,7 @@ class Ledger:
         checksum: sum of all token ids; padding has id 0.
     """
 
+    device: str
     began: float = 0.0
     ended: float = 0.0
     steps: int = 0
@@ -298,7 +309,7 @@ class Ledger:
     checksum: int = 0
 
     def begin(self) -> None:
-        self.began = time.perf_counter()
+        self.began = self._now()
 
     def add(self, records: int, tokens: int, supervised: int, checksum: int) -> None:
         self.records += records
@@ -308,7 +319,13 @@ class Ledger:
 
     def step(self) -> None:
         self.steps += 1
-        self.ended = time.perf_counter()
+        self.ended = self._now()
+
+    def _now(self) -> float:
+        import torch
+
+        wait_for(torch.device(self.device))
+        return time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +354,9 @@ class Task:
         converted: folder of the base in LitGPT's form.
         examples: to train on, once each.
         dtype: bfloat16 or float32.
+        device: cpu or cuda.
+        step_records: in an optimizer step.
+        rows: in a micro-batch of ours.
         ledger: for the peer to write in.
     """
 
@@ -344,12 +364,15 @@ class Task:
     converted: Path
     examples: list[Example]
     dtype: str
-    ledger: Ledger = field(default_factory=Ledger)
+    device: str
+    step_records: int
+    rows: int
+    ledger: Ledger
 
     def accumulate(self, row: int) -> int:
-        """Rows of so many tokens that hold about STEP_RECORDS records."""
+        """Rows of so many tokens that hold about step_records records."""
         tokens = sum(len(example.ids) for example in self.examples)
-        return max(1, round(STEP_RECORDS * tokens / len(self.examples) / row))
+        return max(1, round(self.step_records * tokens / len(self.examples) / row))
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +427,7 @@ def measure(args: argparse.Namespace) -> Run:
         torch.set_num_threads(args.threads)
     task = _task(args)
     peer = PEERS[args.worker].load(task)
-    loaded = peak_gib()
+    loaded = peak_gib(task.device)
     supervised = sum(len(example.ids) - example.prompt_length for example in task.examples[:CHECKED])
     before = peer.nats()
     report: Run = {
@@ -416,32 +439,50 @@ def measure(args: argparse.Namespace) -> Run:
     }
     if args.check:
         return report
-    forget_peak()
+    forget_peak(task.device)
     peer.train()
     report |= asdict(task.ledger) | {
         "seconds": task.ledger.ended - task.ledger.began,
         "loading_gib": loaded,
-        "training_gib": peak_gib(),
+        "training_gib": peak_gib(task.device),
         "loss_after": sum(peer.nats()) / supervised,
     }
     return report | peer.more()
 
 
-def peak_gib() -> float:
-    """The most memory that this process has had resident, in GiB; since forget_peak on Linux."""
+def peak_gib(device: str = "cpu") -> float:
+    """The most memory that this process has had resident, or on the GPU, in GiB; since forget_peak on Linux."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
     if PROC.exists():
         lines = (PROC / "status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
-def forget_peak() -> None:
-    if PROC.exists():
+def forget_peak(device: str = "cpu") -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif PROC.exists():
         (PROC / "clear_refs").write_text("5")
+
+
+def wait_for(device: Any) -> None:
+    """Until a GPU has done what it was told; a CPU does it at once."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def prepare(args: argparse.Namespace) -> Run:
     """Tokenize the records, as our own training does, and write them down for all."""
+    import torch
+
     from lit_phi2.base import find_base, load_tokenizer, read_config
     from lit_phi2.data.encode import encode
     from lit_phi2.data.records import Fields, read_records
@@ -472,6 +513,7 @@ def prepare(args: argparse.Namespace) -> Run:
         "checksum": sum(sum(example.ids) for example in examples),
         "longest": max(len(example.ids) for example in examples),
         "left_out": len(faults) + len(encoded.skipped),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "the CPU",
         "layers": config["num_hidden_layers"],
         "width": config["hidden_size"],
         "inner": config["intermediate_size"],
@@ -481,7 +523,8 @@ def prepare(args: argparse.Namespace) -> Run:
 def _task(args: argparse.Namespace) -> Task:
     read = json.loads(IDS.read_text("utf-8"))
     examples = [Example(ids, prompt_length) for ids, prompt_length in read["examples"]]
-    return Task(read["base"], BUILD / "litgpt" / read["digest"], examples, args.dtype)
+    converted, ledger = BUILD / "litgpt" / read["digest"], Ledger(args.device)
+    return Task(read["base"], converted, examples, args.dtype, args.device, args.step_records, args.rows, ledger)
 
 
 # Ours
@@ -504,7 +547,7 @@ def load_ours(task: Task) -> Loaded:
         for index, example in enumerate(task.examples)
     ]
     records = [Record(example.id, "", "", "", "") for example in examples]
-    data = ClaimsDataModule(max_length=ROW, base=task.base, seed=SEED)
+    data = ClaimsDataModule(max_length=ROW, batch_size=task.rows, base=task.base, seed=SEED)
     split = in_memory([], lambda _: zip(records, examples, strict=True), skip=False)
     data.splits = {"train": split, "val": split}  # what setup would read
     module = LitPhi2(
@@ -520,6 +563,7 @@ def load_ours(task: Task) -> Loaded:
         seed=SEED,
     )
     module.configure_model()
+    module.to(task.device)
     phi = module.phi
     assert phi is not None
     ledger = task.ledger
@@ -532,24 +576,26 @@ def load_ours(task: Task) -> Loaded:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step > ledger.steps:
                 ledger.step()
-            checksum = int(batch.input_ids.sum())
+            checksum = sum(sum(examples[int(name.split()[1])].ids) for name in batch.record_ids)
             ledger.add(len(batch.record_ids), batch.num_tokens, batch.num_supervised, checksum)
             fullest["tokens"] = max(fullest["tokens"], batch.num_tokens)
             fullest["supervised"] = max(fullest["supervised"], batch.num_supervised)
 
     def nats() -> list[float]:
         phi.eval()
+        module.to(task.device)  # Lightning brings it back to the CPU when a run ends
+        batches = [collate(examples, [(index,)]).to(task.device) for index in range(CHECKED)]
         with torch.no_grad():
-            found = [module.loss(collate(examples, [(index,)])).nats.item() for index in range(CHECKED)]
+            found = [module.loss(batch).nats.item() for batch in batches]
         phi.train()
         return found
 
     def train() -> None:
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=task.device,
             devices=1,
             max_epochs=1,
-            accumulate_grad_batches=task.accumulate(ROW),
+            accumulate_grad_batches=task.accumulate(ROW * task.rows),
             gradient_clip_val=1.0,  # as ours and Hugging Face's do by default
             limit_val_batches=0,
             logger=False,
@@ -599,8 +645,9 @@ def product_rates(name: str, rows: int, weight: Any, *, seconds: float = 0.5) ->
     from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
     num_out, num_in = weight.shape
-    w = torch.randn(num_out, num_in, dtype=weight.dtype)
-    x, g = torch.randn(rows, num_in, dtype=weight.dtype), torch.randn(rows, num_out, dtype=weight.dtype)
+    like = {"dtype": weight.dtype, "device": weight.device}
+    w = torch.randn(num_out, num_in, **like)
+    x, g = torch.randn(rows, num_in, **like), torch.randn(rows, num_out, **like)
     products: dict[str, Callable[[], Any]] = {
         f"{name} forward, {rows} x {num_in} x {num_out}": lambda: F.linear(x, w),
         f"{name} backward, {rows} x {num_out} x {num_in}": lambda: g @ w,
@@ -609,10 +656,14 @@ def product_rates(name: str, rows: int, weight: Any, *, seconds: float = 0.5) ->
     with torch.no_grad():
         for told, product in products.items():
             product()
-            count, began = 0, time.perf_counter()
-            while (taken := time.perf_counter() - began) < seconds:
-                product()
-                count += 1
+            wait_for(weight.device)
+            count, taken, began = 0, 0.0, time.perf_counter()
+            while taken < seconds:
+                for _ in range(1 if weight.device.type == "cpu" else 50):
+                    product()
+                    count += 1
+                wait_for(weight.device)
+                taken = time.perf_counter() - began
             rates[told] = 2 * rows * num_in * num_out * count / taken
     return rates
 
@@ -648,7 +699,7 @@ def load_hf(task: Task, *, batch: int, width: int | None = None, dtype: str | No
         ledger.add(len(examples), int(mask.sum()), int((labels != IGNORE).sum()), int(input_ids.sum()))
         return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
-    settings = _training_settings(task, batch, STEP_RECORDS // batch, autocast)
+    settings = _training_settings(task, batch, task.step_records // batch, autocast)
     trainer = Trainer(
         model,
         TrainingArguments(**settings, remove_unused_columns=False),
@@ -662,7 +713,7 @@ def load_hf(task: Task, *, batch: int, width: int | None = None, dtype: str | No
         found = []
         with torch.no_grad(), trainer.compute_loss_context_manager():
             for example in task.examples[:CHECKED]:
-                ids, labels = torch.tensor([example.ids]), torch.tensor([example.labels])
+                ids, labels = (torch.tensor([one], device=model.device) for one in (example.ids, example.labels))
                 mean = model(input_ids=ids, labels=labels, use_cache=False).loss
                 found.append(mean.item() * (len(example.ids) - example.prompt_length))
         return found
@@ -709,7 +760,8 @@ def load_trl(task: Task, *, autocast: bool) -> Loaded:
         """Of records side by side in one row, as in training: a leak from one to the next would show."""
         trainer.model.eval()
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            output = trainer.model(**collate(rows[:CHECKED]), fused_lm_head=True)
+            batch = trainer._prepare_inputs(collate(rows[:CHECKED]))  # to its device
+            output = trainer.model(**batch, fused_lm_head=True)
         found, start = [], 0
         for example in task.examples[:CHECKED]:
             end = start + len(example.ids)
@@ -734,16 +786,16 @@ def load_rows(task: Task) -> Loaded:
     from lit_phi2.data.plan import Shape, plan_epoch
 
     ledger, examples = task.ledger, task.examples
-    model = _native_phi(task, task.dtype)
+    model = _native_phi(task, task.dtype).to(task.device)
     accumulate = task.accumulate(ROW)
     lengths = [len(example.ids) for example in examples]
     supervised = [len(example.ids) - example.prompt_length for example in examples]
     plan = plan_epoch(lengths, supervised, Shape(ROW, accumulate=accumulate), seed=SEED, epoch=0)
 
     def summed(chosen: list[Example]) -> Any:
-        ids = torch.tensor([[token for example in chosen for token in example.ids]])
-        positions = torch.cat([torch.arange(len(example.ids)) for example in chosen])[None]
-        labels = torch.tensor([label for example in chosen for label in example.labels])
+        ids = torch.tensor([[token for example in chosen for token in example.ids]]).to(task.device)
+        positions = torch.cat([torch.arange(len(example.ids)) for example in chosen])[None].to(task.device)
+        labels = torch.tensor([label for example in chosen for label in example.labels]).to(task.device)
         hidden = model.get_base_model().model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         learned = labels[1:] != IGNORE  # the first label of an example is that of its prompt, never learned
         logits = model.get_base_model().lm_head(hidden[0, :-1][learned])
@@ -800,8 +852,8 @@ def _training_settings(task: Task, batch: int, accumulate: int, autocast: bool) 
         "weight_decay": WEIGHT_DECAY,
         "lr_scheduler_type": "cosine",
         "bf16": autocast and task.dtype == "bfloat16",
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+        "use_cpu": task.device == "cpu",
+        "dataloader_pin_memory": task.device != "cpu",
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
@@ -879,7 +931,7 @@ def load_litgpt(task: Task, *, batch: int) -> Loaded:
     from torch.optim.lr_scheduler import CosineAnnealingLR
 
     ledger, examples = task.ledger, task.examples
-    accumulate = STEP_RECORDS // batch
+    accumulate = task.step_records // batch
     config = Config.from_file(
         task.converted / "model_config.yaml",
         lora_r=RANK,
@@ -890,7 +942,9 @@ def load_litgpt(task: Task, *, batch: int) -> Loaded:
         lora_value=True,
         lora_mlp=True,
     )
-    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-true" if task.dtype == "bfloat16" else "32-true")
+    fabric = L.Fabric(
+        accelerator=task.device, devices=1, precision="bf16-true" if task.dtype == "bfloat16" else "32-true"
+    )
     fabric.seed_everything(SEED)
     with fabric.init_module(empty_init=False):
         model = GPT(config)
@@ -899,7 +953,7 @@ def load_litgpt(task: Task, *, batch: int) -> Loaded:
     optimizer = fabric.setup_optimizers(
         torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     )
-    scheduler = CosineAnnealingLR(optimizer, T_max=len(examples) // STEP_RECORDS)
+    scheduler = CosineAnnealingLR(optimizer, T_max=len(examples) // task.step_records)
     load_checkpoint(fabric, model, task.converted / "lit_model.pth", strict=False)
     model.max_seq_length = max(len(example.ids) for example in examples)
 
@@ -908,8 +962,8 @@ def load_litgpt(task: Task, *, batch: int) -> Loaded:
         found = []
         with torch.no_grad():
             for example in examples[:CHECKED]:
-                logits = model(torch.tensor([example.ids]))[0, :-1].float()
-                targets = torch.tensor(example.labels[1:])
+                logits = model(torch.tensor([example.ids], device=fabric.device))[0, :-1].float()
+                targets = torch.tensor(example.labels[1:], device=fabric.device)
                 found.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
         return found
 
@@ -923,6 +977,7 @@ def load_litgpt(task: Task, *, batch: int) -> Loaded:
             targets = pad_sequence([torch.tensor(example.labels) for example in chosen], True, IGNORE)
             tokens = sum(len(example.ids) for example in chosen)
             ledger.add(len(chosen), tokens, int((targets != IGNORE).sum()), int(input_ids.sum()))
+            input_ids, targets = input_ids.to(fabric.device), targets.to(fabric.device)
             # From here to the end of the step, the lines of finetune/lora.py, 0.5.13.
             is_accumulating = number % accumulate != 0
             with fabric.no_backward_sync(model, enabled=is_accumulating):
@@ -944,6 +999,7 @@ PEERS = {
     "notebook": Peer("notebook", "", partial(load_hf, batch=1, width=ROW, dtype="float32", autocast=False)),
     "hf-b1": Peer("hf", "", partial(load_hf, batch=1, autocast=False)),
     "hf-b8": Peer("hf", "", partial(load_hf, batch=8, autocast=False)),
+    "hf-b32": Peer("hf", "", partial(load_hf, batch=32, autocast=False)),
     "hf-b8-autocast": Peer("hf", "", partial(load_hf, batch=8, autocast=True)),
     "rows": Peer("rows", "", load_rows),
     "trl": Peer("trl", "trl", partial(load_trl, autocast=False)),

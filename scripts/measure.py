@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("what", choices=["tokens", "start", "sizes", "kinds", "compile", "scale"])
     parser.add_argument("--base", default="tiny", help="as model.base")
     parser.add_argument("--records", default="claims:train", help="as data.train_files")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of sizes, kinds and compile")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
@@ -123,19 +124,19 @@ def start(args: argparse.Namespace) -> None:
 
 def sizes(args: argparse.Namespace) -> None:
     """Median seconds of a step, and memory above the loaded model, by size of batch."""
-    module = load(args.base)
+    module = load(args.base, args.device)
     print("| rows x tokens | tokens | seconds | tokens/s | GiB above the model | MiB of logits |")
     print("|---|---|---|---|---|---|")
     points = []
     for length in args.lengths:
         for rows in args.batches:
             batch = synthetic(rows, length, module.fused_phi.config.vocab_size)
-            before = start_watching()
-            seconds = median([timed(lambda b=batch: train_on(module, b)) for _ in range(4)][1:])  # type: ignore[misc]
-            above, count = peak_gib() - before, rows * length
+            before = start_watching(module.device)
+            seconds = median([timed(lambda b=batch: train_on(module, b)) for _ in range(6)][2:])  # type: ignore[misc]
+            above, count = peak_gib(args.device) - before, rows * length
             points.append((count, seconds, above))
             print(
-                f"| {rows} x {length} | {count:,} | {seconds:.2f} | {count / seconds:,.0f} | {above:.2f} "
+                f"| {rows} x {length} | {count:,} | {seconds:.3f} | {count / seconds:,.0f} | {above:.2f} "
                 f"| {1024 * logits_gib(module, batch):.0f} |",
                 flush=True,
             )
@@ -153,22 +154,28 @@ def plot(title: str, unit: str, counts: list[int], values: list[float]) -> None:
 
 def kinds(args: argparse.Namespace) -> None:
     """Self time of operators in one step over a row of 512, by kind: PEFT's layers in transformers' Phi, and ours."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    module = load(args.base)
+    module = load(args.base, args.device)
     batch = synthetic(1, 512, module.fused_phi.config.vocab_size)
     runs: dict[str, Callable[[], Any]] = {
-        "before": plain_step(args.base, batch),
+        "before": plain_step(args.base, batch, args.device),
         "after": lambda: train_on(module, batch),
     }
     columns: dict[str, dict[str, float]] = {}
+    on_gpu = args.device == "cuda"
     for name, run in runs.items():
-        run()
-        with profile(activities=[ProfilerActivity.CPU]) as told:
-            run()
+        timed(run)
+        print(f"{name}: {1000 * median(timed(run) for _ in range(args.rounds)):.1f} ms a step")
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu  # the operator that a kernel belongs to
+        with profile(activities=activities) as told:
+            timed(run)
         columns[name] = dict.fromkeys([*KINDS, "other"], 0.0)
         for event in told.key_averages():
-            columns[name][kind_of(event.key)] += event.self_cpu_time_total / 1e6
+            taken = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            if event.device_type == DeviceType.CPU:  # and not the kernels, or they would count twice
+                columns[name][kind_of(event.key)] += taken / 1e6
     print("| ms in | " + " | ".join(columns) + " |\n|---|---|---|")
     for kind in [*KINDS, "other"]:
         print(f"| {kind} | " + " | ".join(f"{1000 * column[kind]:.0f}" for column in columns.values()) + " |")
@@ -185,7 +192,7 @@ def compiled(args: argparse.Namespace) -> None:
     """
     from lit_phi2.model import phi2
 
-    module = load(args.base)
+    module = load(args.base, args.device)
     generator = torch.Generator().manual_seed(0)
     vocabulary = module.fused_phi.config.vocab_size
     batches = [uneven(generator, vocabulary) for _ in range(8)]
@@ -348,12 +355,12 @@ def kind_of(operator: str) -> str:
     return "other"
 
 
-def load(base: str) -> Any:
+def load(base: str, device: str) -> Any:
     from lit_phi2.model.module import LitPhi2
 
     module = LitPhi2(base=base, lora_r=RANK, lora_alpha=2 * RANK, dtype="bfloat16")
     module.configure_model()
-    return module
+    return module.to(device)
 
 
 def synthetic(rows: int, length: int, vocabulary: int) -> Any:
@@ -371,7 +378,7 @@ def synthetic(rows: int, length: int, vocabulary: int) -> Any:
 
 def train_on(module: Any, batch: Any) -> None:
     """Forward and backward; the optimizer's share is too small to be seen."""
-    (module.loss(batch).nats * batch.share).backward()
+    (module.loss(batch.to(module.device)).nats * batch.share).backward()
     module.zero_grad()
 
 
@@ -380,21 +387,23 @@ def logits_gib(module: Any, batch: Any) -> float:
     from lit_phi2.model.loss import causal_lm_loss
 
     head = module.fused_phi.lm_head
-    hidden = torch.randn(*batch.labels.shape, head.in_features, dtype=head.weight.dtype, requires_grad=True)
-    before = start_watching()
-    loss = causal_lm_loss(hidden, batch.labels, head)
+    like: dict[str, Any] = {"dtype": head.weight.dtype, "device": head.weight.device}
+    hidden = torch.randn(*batch.labels.shape, head.in_features, **like, requires_grad=True)
+    labels = batch.labels.to(module.device)
+    before = start_watching(module.device)
+    loss = causal_lm_loss(hidden, labels, head)
     states = 2 * int(loss.tokens) * head.in_features * head.weight.itemsize
-    return max(0.0, peak_gib() - before - states / 2**30)
+    return max(0.0, peak_gib(module.device.type) - before - states / 2**30)
 
 
-def start_watching() -> float:
-    """Resident GiB now; peak_gib tells the most from here on."""
+def start_watching(device: torch.device) -> float:
+    """GiB now, resident or allocated on the GPU; peak_gib tells the most from here on."""
     gc.collect()
-    forget_peak()
-    return resident_gib()
+    forget_peak(device.type)
+    return torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else resident_gib()
 
 
-def plain_step(base: str, batch: Any) -> Callable[[], None]:
+def plain_step(base: str, batch: Any, device: str) -> Callable[[], None]:
     """The same step by transformers' Phi and PEFT's layers, with loss over all positions, as their trainers have it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -406,7 +415,8 @@ def plain_step(base: str, batch: Any) -> Callable[[], None]:
     model = get_peft_model(
         native, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
     )
-    model.train()
+    model.to(device).train()
+    batch = batch.to(device)
 
     def step() -> None:
         model(
@@ -420,6 +430,8 @@ def plain_step(base: str, batch: Any) -> Callable[[], None]:
 def timed(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812  the name that torch's own do
 from lit_phi2.batch import IGNORE_INDEX
 
 LOGITS_BYTES = 64 * 2**20  # at most, of logits at one time, whatever the batch
-SLICE = 4096  # tokens of the vocabulary at a time, at most
+SLICES = {"cpu": 4096}  # tokens of the vocabulary at a time, at most, where a cache is to hold their logits
 ROWS = 32  # positions in the head's products are a multiple of it
 
 
@@ -94,7 +94,8 @@ class _HeadLoss(torch.autograd.Function):
         mixed = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
         padded = F.pad(hidden, (0, 0, 0, -num % ROWS))
         most = max(1, LOGITS_BYTES // (len(padded) * (exact.itemsize + hidden.dtype.itemsize)))
-        width = -(-len(weight) // -(-len(weight) // min(most, SLICE)))  # slices of about the same width
+        most = min(most, SLICES.get(hidden.device.type, most))
+        width = -(-len(weight) // -(-len(weight) // most))  # slices of about the same width
         products = hidden.new_zeros(len(padded) * width)
         scores = hidden.new_empty(num * width, dtype=exact)
         for start in range(0, len(weight), width):
@@ -105,9 +106,11 @@ class _HeadLoss(torch.autograd.Function):
             logits.copy_(product[:num])
             if bias is not None:
                 logits.add_(bias[start : start + width])
-            here = torch.nonzero((targets >= start) & (targets < start + len(part))).flatten()
-            answers = targets[here] - start
-            at_target[here, 0] = logits[here, answers]
+            # Masks, not indices of the targets that are here: a GPU would have to be waited for at each slice.
+            place = (targets - start)[:, None]
+            here = (place >= 0) & (place < len(part))
+            place = place.clamp(0, len(part) - 1)
+            at_target = torch.where(here, logits.gather(1, place), at_target)
             top, index = logits.max(-1, keepdim=True)
             best = torch.where((top > largest).flatten(), index.flatten() + start, best)
             before, largest = largest, torch.maximum(largest, top)
@@ -116,7 +119,7 @@ class _HeadLoss(torch.autograd.Function):
             total = total.mul_(shrink).add_(terms.sum(-1, keepdim=True))
             if mixed is not None:
                 # Not the target's: where it is nearly sure, its share less one is small, and would drown in rounding.
-                terms[here, answers] = 0
+                terms.scatter_(1, place, terms.gather(1, place).masked_fill_(here, 0))
                 product[:num] = terms
                 mixed.mul_(shrink).add_((product @ part)[:num])
         nats = (largest + total.log() - at_target).sum()
