@@ -4,9 +4,15 @@ Lightning picks the device (`trainer.accelerator: auto`: CUDA, then MPS, then CP
 the hardware multiplies it fast, float32 elsewhere. float16 is refused for Phi-2.
 """
 
+import ctypes
+import sys
+
 import torch
 
 from lit_phi2.errors import InputError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGE = 32 * 2**20  # bytes; the most to which glibc's own threshold grows
 
 
 def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -29,6 +35,22 @@ def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str
     if requested == "bfloat16" and not fast and device.type == "mps":
         raise InputError(f"model.dtype: bfloat16 cannot be used here: {reason}. Use float32 or auto.")
     return getattr(torch, requested), "as model.dtype asks"
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep the memory that a step frees, since the next one takes as much again.
+
+    glibc gives the top of its heap back to the system after every step, and a page that is taken anew is cleared first:
+    some tens of thousands of pages a step of Phi-2's width. Only blocks above 32 MiB, the keys and values of long
+    answers among them, still come and go.
+
+    Returns:
+        Whether that was set; other systems than Linux with glibc have no such setting, and are left alone.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    # Setting either freezes the other where it stands, so both are.
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGE) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def check_dtype(requested: str) -> None:

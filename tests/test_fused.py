@@ -19,7 +19,7 @@ from transformers import PhiConfig
 from lit_phi2.base import TINY, find_base, load_tokenizer
 from lit_phi2.batch import IGNORE_INDEX, Example, pad_rows
 from lit_phi2.data.collate import collate
-from lit_phi2.model import attention, loss, phi2
+from lit_phi2.model import attention, elementwise, loss
 from lit_phi2.model.attention import Layout, attend, example_layout, rotate, seen_keys
 from lit_phi2.model.lora import FusedLora, fuse_lora, trained_parameters
 from lit_phi2.model.loss import causal_lm_loss
@@ -207,13 +207,40 @@ def test_attention_with_dropout_drops_and_keeps_the_mean() -> None:
     assert (drawn.mean(0) - plain).abs().max() < 5 * drawn.std(0).max() / 3000**0.5
 
 
+def test_gradcheck_of_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "PIECE", 4)  # in three pieces, the last of them short
+    x = torch.linspace(-4, 4, 10, dtype=torch.float64).view(2, 5).requires_grad_()
+    assert torch.autograd.gradcheck(elementwise.gelu, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gelu_equals_torchs_own(dtype: torch.dtype) -> None:
+    """Reference: torch's GELU by tanh in float64, value and slope. The argument of the sigmoid is in the tens where its
+    value still counts, and so is the rounding that it carries along: 64 last places of 1."""
+    x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-8, 300.0, -300.0])]).to(dtype)
+    expected_x = x.double().requires_grad_()
+    expected = F.gelu(expected_x, approximate="tanh")
+    got_x = x.clone().requires_grad_()
+    got = elementwise.gelu(got_x)
+    assert got.dtype == dtype
+    pairs = (
+        (got, expected),
+        (torch.autograd.grad(got.sum(), got_x)[0], torch.autograd.grad(expected.sum(), expected_x)[0]),
+    )
+    for one, other in pairs:
+        torch.testing.assert_close(
+            one.double(), other, rtol=4 * torch.finfo(dtype).eps, atol=64 * torch.finfo(dtype).eps
+        )
+    assert torch.equal(elementwise.gelu(x), F.gelu(x, approximate="tanh"))  # without gradients it is torch's
+
+
 def test_gradcheck_of_the_residual_sum() -> None:
     hidden, attended, thought = (torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
     keep = torch.rand(2, 5, 6) > 0.3
     assert torch.autograd.gradcheck(
-        lambda *tensors: phi2._AddDropped.apply(*tensors, keep[0], keep[1], 1.5), (hidden, attended, thought)
+        lambda *tensors: elementwise._AddDropped.apply(*tensors, keep[0], keep[1], 1.5), (hidden, attended, thought)
     )
-    total = phi2._AddDropped.apply(hidden, attended, thought, keep[0], keep[1], 1.5)
+    total = elementwise._AddDropped.apply(hidden, attended, thought, keep[0], keep[1], 1.5)
     torch.testing.assert_close(total, hidden + 1.5 * attended * keep[0] + 1.5 * thought * keep[1])
 
 
@@ -222,7 +249,7 @@ def test_residual_dropout_drops_its_share_everywhere_and_is_drawn_from_the_defau
     and no more alike from one place or draw to the next than chance has it."""
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    first, second = phi2._kept(torch.empty(1000, 400), 6554), phi2._kept(torch.empty(1000, 400), 6554)
+    first, second = (elementwise._kept(torch.empty(1000, 400), 6554).bool() for _ in range(2))
     p, spread = 6554 / 2**16, (0.1 * 0.9 / 100_000) ** 0.5
     for place in range(4):
         assert abs((~first).flatten()[place::4].float().mean() - p) < 5 * spread
@@ -231,8 +258,8 @@ def test_residual_dropout_drops_its_share_everywhere_and_is_drawn_from_the_defau
         for shared in (both, neighbours):
             assert abs(shared.float().mean() - p * p) < 5 * (p * p / 100_000) ** 0.5
     torch.set_rng_state(state)
-    assert torch.equal(phi2._kept(torch.empty(1000, 400), 6554), first)
-    assert phi2._kept(torch.empty(3, 3), 0).all()  # numbers of elements that four do not divide
+    assert torch.equal(elementwise._kept(torch.empty(1000, 400), 6554).bool(), first)
+    assert elementwise._kept(torch.empty(3, 3), 0).all()  # numbers of elements that four do not divide
 
 
 @pytest.mark.parametrize("bias", [True, False])

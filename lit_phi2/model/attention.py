@@ -114,48 +114,63 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _AttendByExample(torch.autograd.Function):
-    """On the CPU: rotary and attention as batched products; weights are worked out again in backward, not kept."""
+    """On the CPU: rotary and attention as batched products; weights are worked out again in backward, not kept.
+
+    Queries, keys and values of an example lie together, (3, H, n, d), because a batched product copies what does not.
+    """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[Span], scaling: float) -> Tensor:
-        turned = qkv.permute(1, 2, 0, 3).contiguous()  # (3, H, N, d), as batched products want it
-        _rotate_in_place(turned[:2], cos, sin)
-        query, key, value = turned
+        turned = qkv.new_empty(qkv.numel())
         mixed = torch.empty_like(qkv[:, 0])
         for start, end in spans:
-            for first in range(start, end, QUERIES):
-                last = min(first + QUERIES, end)
-                weights = _weights(query[:, first:last], key[:, start:last], scaling)
-                mixed[first:last] = torch.bmm(weights, value[:, start:last]).transpose(0, 1)
+            own = _of_example(turned, start, end, qkv.shape)
+            own.copy_(qkv[start:end].permute(1, 2, 0, 3))
+            _rotate_in_place(own[:2], cos[start:end], sin[start:end])
+            query, key, value = own
+            for first in range(0, end - start, QUERIES):
+                last = min(first + QUERIES, end - start)
+                weights = _weights(query[:, first:last], key[:, :last], scaling)
+                mixed[start + first : start + last] = torch.bmm(weights, value[:, :last]).transpose(0, 1)
         ctx.save_for_backward(turned, cos, sin)
-        ctx.spans, ctx.scaling = spans, scaling
+        ctx.spans, ctx.scaling, ctx.shape = spans, scaling, qkv.shape
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         turned, cos, sin = ctx.saved_tensors
-        query, key, value = turned
-        grads = torch.empty_like(turned)
-        grad = grad.transpose(0, 1).contiguous()  # (H, N, d)
+        grads = grad.new_empty(ctx.shape)
         for start, end in ctx.spans:
-            for first in reversed(range(start, end, QUERIES)):
-                last = min(first + QUERIES, end)
-                some, seen = slice(first, last), slice(start, last)
+            query, key, value = _of_example(turned, start, end, ctx.shape)
+            of_mixed = grad[start:end].transpose(0, 1).contiguous()  # (H, n, d)
+            own = of_mixed.new_empty(3, *of_mixed.shape)
+            for first in reversed(range(0, end - start, QUERIES)):
+                last = min(first + QUERIES, end - start)
+                some, seen = slice(first, last), slice(0, last)
                 weights = _weights(query[:, some], key[:, seen], ctx.scaling)
-                grad_weights = torch.bmm(grad[:, some], value[:, seen].transpose(1, 2))
+                grad_weights = torch.bmm(of_mixed[:, some], value[:, seen].transpose(1, 2))
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                grads[0, :, some] = torch.bmm(grad_scores, key[:, seen]).mul_(ctx.scaling)
-                for row, tensor, other in ((1, grad_scores, query), (2, weights, grad)):
-                    part = torch.bmm(tensor.transpose(1, 2), other[:, some])
-                    if row == 1:
-                        part.mul_(ctx.scaling)
-                    if last == end:  # the last queries see all keys of the example, and come first
-                        grads[row, :, seen] = part
+                own[0, :, some] = torch.bmm(grad_scores, key[:, seen]).mul_(ctx.scaling)
+                parts = (
+                    torch.bmm(grad_scores.transpose(1, 2), query[:, some]).mul_(ctx.scaling),
+                    torch.bmm(weights.transpose(1, 2), of_mixed[:, some]),
+                )
+                for row, part in enumerate(parts, 1):
+                    if last == end - start:  # the last queries see all keys of the example, and come first
+                        own[row] = part
                     else:
-                        grads[row, :, seen] += part
-        _rotate_in_place(grads[:2], cos, -sin)
-        return grads.permute(2, 0, 1, 3), None, None, None, None
+                        own[row, :, seen] += part
+            _rotate_in_place(own[:2], cos[start:end], -sin[start:end])
+            grads[start:end] = own.permute(2, 0, 1, 3)
+        return grads, None, None, None, None
+
+
+def _of_example(turned: Tensor, start: int, end: int, shape: torch.Size) -> Tensor:
+    """(3, H, n, d): queries, keys and values of an example, in the memory of those of (N, 3, H, d)."""
+    _, three, heads, width = shape
+    each = three * heads * width
+    return turned[start * each : end * each].view(three, heads, end - start, width)
 
 
 def _weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:

@@ -162,7 +162,8 @@ class _LoraLinear(torch.autograd.Function):
         grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
         dropped = flat if keep is None else (flat * keep.view_as(flat)).mul_(ctx.grow)
         grad_a = (grad_low.t() @ dropped).to(a.dtype) if ctx.needs_input_grad[3] else None
-        grad_b = (grad.t() @ low).to(b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        # B's transposed: laid out as it is, the gradient of the output need not be turned for the product.
+        grad_b = (low.t() @ grad).t().to(b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight

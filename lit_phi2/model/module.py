@@ -21,7 +21,7 @@ from torchmetrics import SumMetric
 
 from lit_phi2.base import find_base, load_tokenizer
 from lit_phi2.batch import Batch, PromptBatch
-from lit_phi2.devices import check_dtype, choose_dtype
+from lit_phi2.devices import check_dtype, choose_dtype, keep_freed_memory
 from lit_phi2.errors import InputError, NonFiniteError
 from lit_phi2.files import digest
 from lit_phi2.generation import Answer, generate
@@ -131,6 +131,8 @@ class LitPhi2(LightningModule):
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         dtype, reason = choose_dtype(self.compute_dtype, device)
         log.info("device %s, compute dtype %s: %s", device, str(dtype).removeprefix("torch."), reason)
+        if device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(self.seed)  # A starts random; whatever drew numbers before must not matter
         self.phi = add_lora(load_phi2(self._found_base, dtype), self.shape, dropout=self.lora_dropout)
         self.end_token = int(load_tokenizer(self._found_base).eos_token_id)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.cache_utils import Cache
@@ -33,6 +32,7 @@ from transformers.models.phi.modeling_phi import (
 from lit_phi2.base import Base
 from lit_phi2.errors import InputError
 from lit_phi2.model.attention import Layout, attend, example_layout
+from lit_phi2.model.elementwise import add_dropped, gelu
 
 
 class FusedPhiAttention(PhiAttention):
@@ -77,6 +77,14 @@ class FusedPhiAttention(PhiAttention):
         return self.dense(output.reshape(*shape, -1)), weights
 
 
+class Gelu(nn.Module):
+    """gelu of `elementwise.py`, as a module in the place of transformers' own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, elementwise."""
+        return gelu(x)
+
+
 class FusedPhiForCausalLM(PhiForCausalLM):
     """transformers' Phi with FusedPhiAttention in every layer; load_phi2 fills it from an ordinary checkpoint.
 
@@ -94,7 +102,7 @@ class FusedPhiForCausalLM(PhiForCausalLM):
         for index, layer in enumerate(self.model.layers):
             layer.self_attn = FusedPhiAttention(config, index)
             if config.hidden_act == "gelu_new":  # the same function, in one pass over memory instead of six
-                layer.mlp.activation_fn = nn.GELU(approximate="tanh")
+                layer.mlp.activation_fn = Gelu()
 
 
 def load_phi2(base: Base, dtype: torch.dtype) -> FusedPhiForCausalLM:
@@ -203,50 +211,8 @@ def _block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout)
     attention, mlp = layer.self_attn, layer.mlp
     normed = layer.input_layernorm(hidden)
     qkv = attention.Wqkv(normed).view(len(hidden), 3, -1, attention.head_dim)
-    dropout = attention.attention_dropout if layer.training else 0.0
-    mixed = attend(qkv, cos, sin, layout, scaling=attention.scaling, dropout=dropout)
+    of_weights, of_sums = (attention.attention_dropout, layer.resid_dropout.p) if layer.training else (0.0, 0.0)
+    mixed = attend(qkv, cos, sin, layout, scaling=attention.scaling, dropout=of_weights)
     attended = attention.dense(mixed.flatten(1))
     thought = mlp.fc2(mlp.activation_fn(mlp.fc1(normed)))
-    dropped = round(layer.resid_dropout.p * 2**16) if layer.training else 0
-    if dropped and hidden.device.type == "cpu":
-        keep_attended, keep_thought = _kept(hidden, dropped), _kept(hidden, dropped)
-        grow = 2**16 / (2**16 - dropped)
-        total: Tensor = _AddDropped.apply(hidden, attended, thought, keep_attended, keep_thought, grow)
-    else:
-        total = layer.resid_dropout(attended).add_(layer.resid_dropout(thought)).add_(hidden)
-    return total
-
-
-def _kept(like: Tensor, dropped: int) -> Tensor:
-    """Which elements dropout keeps, bool, where it drops so many of 65,536.
-
-    Four elements to a number of 64 bits: torch draws one number after another on a CPU, and one for each element would
-    take longer than all else that stands between two products.
-    """
-    numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    return numbers.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - 2**15
-
-
-class _AddDropped(torch.autograd.Function):
-    """hidden + dropout(attended) + dropout(thought): what is kept is given, and what it is multiplied by."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        attended: Tensor,
-        thought: Tensor,
-        keep_attended: Tensor,
-        keep_thought: Tensor,
-        grow: float,
-    ) -> Tensor:
-        ctx.save_for_backward(keep_attended, keep_thought)
-        ctx.grow = grow
-        return (attended * keep_attended).add_(thought * keep_thought).mul_(grow).add_(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        keep_attended, keep_thought = ctx.saved_tensors
-        grown = grad * ctx.grow
-        return grad, grown * keep_attended, grown * keep_thought, None, None, None
+    return add_dropped(hidden, attended, thought, dropout=of_sums)
