@@ -218,7 +218,7 @@ def test_gelu_equals_torchs_own(dtype: torch.dtype) -> None:
     """Reference: torch's GELU by tanh in float64, value and slope. The argument of the sigmoid is in the tens where its
     value still counts, and so is the rounding that it carries along: 64 last places of 1."""
     x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-8, 300.0, -300.0])]).to(dtype)
-    expected_x = x.double().requires_grad_()
+    expected_x = x.double().clone().requires_grad_()
     expected = F.gelu(expected_x, approximate="tanh")
     got_x = x.clone().requires_grad_()
     got = elementwise.gelu(got_x)
