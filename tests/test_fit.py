@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_phi2.callbacks import SampleWriter
 from lit_phi2.errors import InputError, NonFiniteError
-from lit_phi2.model import phi2
+from lit_phi2.model import elementwise
 from lit_phi2.model.lora import FusedLora, read_adapter, trained_parameters
 from lit_phi2.model.module import LitPhi2, warmup_then_cosine
 from runs import Gradients, new_data, new_module, new_trainer, weights_of
@@ -50,14 +50,14 @@ def test_a_step_draws_from_every_dropout_and_validation_from_none(
             drawn["train" if module.trainer.training else "eval"].add(names[layer.lora_dropout["default"]])
 
     of_blocks: list[tuple[bool, float]] = []  # whether in training, and the share that is kept
-    kept = phi2._kept
+    kept = elementwise._kept
 
     def count(like: torch.Tensor, dropped: int) -> torch.Tensor:
         keep = kept(like, dropped)
         of_blocks.append((module.trainer.training, keep.float().mean().item()))
         return keep
 
-    monkeypatch.setattr(phi2, "_kept", count)
+    monkeypatch.setattr(elementwise, "_kept", count)
     for layer in module.modules():
         if isinstance(layer, FusedLora):
             layer.register_forward_hook(watch)
