@@ -16,7 +16,8 @@ The flow, which is also the order in which to read the rooms:
     Example -> Row -> Batch      data/collate.py        tensors; data/datamodule.py arranges, data/report.py inspects
 
     Batch -> hidden states       model/phi2.py          Phi-2 with a fused Wqkv, adapted by model/lora.py
-    between its products         model/attention.py     and model/elementwise.py: in few passes over memory
+    its products                 model/products.py      with frozen weights, on any CPU
+    between them                 model/attention.py     and model/elementwise.py: in few passes over memory
     hidden states -> loss        model/loss.py          summed nats over supervised tokens
     prompt -> answer             generation.py          greedy decoding
     loss -> optimizer step       model/module.py        the LightningModule; loops.py: validations where a step ends

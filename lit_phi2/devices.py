@@ -1,7 +1,8 @@
 """Devices: the compute dtype that suits a device, and why.
 
-Lightning picks the device (`trainer.accelerator: auto`: CUDA, then MPS, then CPU). The dtype follows it: bfloat16 where
-the hardware multiplies it fast, float32 elsewhere. float16 is refused for Phi-2.
+Lightning picks the device (`trainer.accelerator: auto`: CUDA, then MPS, then CPU). The dtype follows it: bfloat16 on a
+GPU that multiplies it fast and on every CPU (`model/products.py` has the products for those that cannot), float32
+elsewhere. float16 is refused for Phi-2.
 """
 
 import ctypes
@@ -29,9 +30,9 @@ def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str
     (torch.float32, 'as model.dtype asks')
     """
     check_dtype(requested)
-    fast, reason = _multiplies_bfloat16_fast(device)
+    fast, reason = multiplies_bfloat16(device)
     if requested == "auto":
-        return (torch.bfloat16 if fast else torch.float32), reason
+        return (torch.bfloat16 if fast or device.type == "cpu" else torch.float32), reason
     if requested == "bfloat16" and not fast and device.type == "mps":
         raise InputError(f"model.dtype: bfloat16 cannot be used here: {reason}. Use float32 or auto.")
     return getattr(torch, requested), "as model.dtype asks"
@@ -69,7 +70,8 @@ def check_dtype(requested: str) -> None:
         raise InputError(f"model.dtype: {requested!r} is unknown; expected auto, bfloat16 or float32.")
 
 
-def _multiplies_bfloat16_fast(device: torch.device) -> tuple[bool, str]:
+def multiplies_bfloat16(device: torch.device) -> tuple[bool, str]:
+    """Whether a device has instructions for products in bfloat16, and what tells."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         verb = "multiplies" if major >= 8 else "does not multiply"
@@ -85,4 +87,4 @@ def _multiplies_bfloat16_fast(device: torch.device) -> tuple[bool, str]:
         return True, "this CPU has AMX"
     if torch.cpu._is_avx512_bf16_supported():
         return True, "this CPU has AVX512-BF16"
-    return False, "this CPU has neither AMX nor AVX512-BF16"
+    return False, "this CPU has neither AMX nor AVX512-BF16, so bfloat16 weights are multiplied in float32"

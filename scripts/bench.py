@@ -3,6 +3,7 @@
     python scripts/bench.py --setup                                   once: an environment for TRL, one for LitGPT
     python scripts/bench.py --base FOLDER --records mine.jsonl        all peers, three rounds
     python scripts/bench.py --base FOLDER --peers hf-b8,trl --rounds 5
+    python scripts/bench.py --base FOLDER --peer-dtype float32        on a CPU whose torch is slow in bfloat16
     python scripts/bench.py --base FOLDER --device cuda --step-records 64 --rows 8 --peers hf-b32,trl,litgpt-mb8
 
     records -> ids.json -> every peer once, untimed: loss at step 0, trained parameters; they must agree
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows in a micro-batch of ours")
     parser.add_argument("--threads", type=int, help="of every process; torch's own choice without")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of all but the notebook")
+    parser.add_argument("--peer-dtype", choices=["bfloat16", "float32"], help="of the peers, where it is not --dtype")
     parser.add_argument("--worker", choices=["prepare", "convert", *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # of a worker: train nothing
     args = parser.parse_args()
@@ -137,8 +139,8 @@ def bench(args: argparse.Namespace, names: list[str]) -> None:
         f"{facts['records']} records, {facts['tokens']:,} tokens, {facts['supervised']:,} of them supervised, the "
         f"longest record {facts['longest']}; {facts['left_out']} records of the source have more than {ROW} tokens "
         f"or faults and are not among them\n"
-        f"base: {facts['layers']} layers, {facts['width']} wide; {args.dtype} on {facts['device']}; "
-        f"torch {version('torch')}\n",
+        f"base: {facts['layers']} layers, {facts['width']} wide; {args.dtype}, peers {args.peer_dtype or args.dtype}, on "
+        f"{facts['device']}; torch {version('torch')}\n",
         flush=True,
     )
     if any(PEERS[name].environment == "litgpt" for name in names):
@@ -188,7 +190,8 @@ def launch(
         number: of the round.
     """
     environment = PEERS[name].environment if name in PEERS else "litgpt" if name == "convert" else ""
-    command = [_python(environment), __file__, "--worker", name, "--base", args.base, "--dtype", args.dtype]
+    dtype = args.dtype if name == "ours" else args.peer_dtype or args.dtype
+    command = [_python(environment), __file__, "--worker", name, "--base", args.base, "--dtype", dtype]
     command += ["--records", args.records, "--count", str(args.count)] + ["--check"] * check
     command += ["--device", args.device, "--step-records", str(args.step_records), "--rows", str(args.rows)]
     # Nothing asks the hub, neither for files nor to report usage; and where the CPU is measured, no GPU is seen.
@@ -215,7 +218,7 @@ def launch(
                     "dropped, cut or trained twice, so its speed means nothing."
                 )
         run["tokens_per_second"] = facts["tokens"] / run["seconds"]
-        kept = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "round": number, "base": args.base, "dtype": args.dtype}
+        kept = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "round": number, "base": args.base, "dtype": dtype}
         kept |= {"device": args.device, "step_records": args.step_records, "rows": args.rows}
         with (BUILD / "runs.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(kept | run) + "\n")
@@ -635,6 +638,8 @@ def load_ours(task: Task) -> Loaded:
 def product_rates(name: str, rows: int, weight: Any, *, seconds: float = 0.5) -> dict[str, float]:
     """FLOP/s of x W^T and of g W, as forward and backward have them, each over so many seconds.
 
+    In the dtype in which this device multiplies best what comes in the weight's: float32 on a CPU without bfloat16.
+
     Args:
         name: of the layer.
         rows: of x and g.
@@ -644,8 +649,10 @@ def product_rates(name: str, rows: int, weight: Any, *, seconds: float = 0.5) ->
     import torch
     from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
+    from lit_phi2.model.products import product_dtype
+
     num_out, num_in = weight.shape
-    like = {"dtype": weight.dtype, "device": weight.device}
+    like = {"dtype": product_dtype(weight), "device": weight.device}
     w = torch.randn(num_out, num_in, **like)
     x, g = torch.randn(rows, num_in, **like), torch.randn(rows, num_out, **like)
     products: dict[str, Callable[[], Any]] = {

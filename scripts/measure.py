@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--base", default="tiny", help="as model.base")
     parser.add_argument("--records", default="claims:train", help="as data.train_files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of sizes, kinds and compile")
+    parser.add_argument("--plain-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of PEFT's in kinds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
@@ -160,7 +161,7 @@ def kinds(args: argparse.Namespace) -> None:
     module = load(args.base, args.device)
     batch = synthetic(1, 512, module.fused_phi.config.vocab_size)
     runs: dict[str, Callable[[], Any]] = {
-        "before": plain_step(args.base, batch, args.device),
+        "before": plain_step(args.base, batch, args.device, args.plain_dtype),
         "after": lambda: train_on(module, batch),
     }
     columns: dict[str, dict[str, float]] = {}
@@ -403,14 +404,15 @@ def start_watching(device: torch.device) -> float:
     return torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else resident_gib()
 
 
-def plain_step(base: str, batch: Any, device: str) -> Callable[[], None]:
+def plain_step(base: str, batch: Any, device: str, dtype: str) -> Callable[[], None]:
     """The same step by transformers' Phi and PEFT's layers, with loss over all positions, as their trainers have it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from lit_phi2.base import find_base
 
-    native = AutoModelForCausalLM.from_pretrained(find_base(base).folder, dtype=torch.bfloat16, local_files_only=True)
+    folder = find_base(base).folder
+    native = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     targets = ["q_proj", "k_proj", "v_proj", "fc1", "fc2"]
     model = get_peft_model(
         native, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 from torch.nn.attention.varlen import varlen_attn
 
+from lit_phi2.model.products import product_dtype
+
 Span = tuple[int, int]  # where an example begins and ends among the N tokens
 QUERIES = 256  # rows of scores that are held at a time: memory for them is linear in the length of an example
 
@@ -121,13 +123,13 @@ class _AttendByExample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[Span], scaling: float) -> Tensor:
-        turned = qkv.new_empty(qkv.numel())
+        turned, dtype = qkv.new_empty(qkv.numel()), product_dtype(qkv)
         mixed = torch.empty_like(qkv[:, 0])
         for start, end in spans:
             own = _of_example(turned, start, end, qkv.shape)
             own.copy_(qkv[start:end].permute(1, 2, 0, 3))
             _rotate_in_place(own[:2], cos[start:end], sin[start:end])
-            query, key, value = own
+            query, key, value = own.to(dtype)
             for first in range(0, end - start, QUERIES):
                 last = min(first + QUERIES, end - start)
                 weights = _weights(query[:, first:last], key[:, :last], scaling)
@@ -140,10 +142,11 @@ class _AttendByExample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         turned, cos, sin = ctx.saved_tensors
-        grads = grad.new_empty(ctx.shape)
+        grads, dtype = grad.new_empty(ctx.shape), product_dtype(grad)
+        cos, sin = cos.to(dtype), sin.to(dtype)
         for start, end in ctx.spans:
-            query, key, value = _of_example(turned, start, end, ctx.shape)
-            of_mixed = grad[start:end].transpose(0, 1).contiguous()  # (H, n, d)
+            query, key, value = _of_example(turned, start, end, ctx.shape).to(dtype)
+            of_mixed = torch.empty_like(query).copy_(grad[start:end].transpose(0, 1))  # (H, n, d)
             own = of_mixed.new_empty(3, *of_mixed.shape)
             for first in reversed(range(0, end - start, QUERIES)):
                 last = min(first + QUERIES, end - start)

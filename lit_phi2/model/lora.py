@@ -27,6 +27,7 @@ from lit_phi2.batch import TEMPLATE_VERSION
 from lit_phi2.errors import InputError
 from lit_phi2.files import digest, replace_file
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
+from lit_phi2.model.products import FrozenLinear, product_dtype, project, project_back
 
 CONFIG_FILE = "adapter_config.json"  # PEFT's names
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -117,17 +118,18 @@ class FusedLora(LoraLinear):
         name = self.active_adapters[0]
         drop = self.lora_dropout[name]  # Identity where there is none
         dropout = float(drop.p) if self.training and isinstance(drop, nn.Dropout) else 0.0
-        keep = None
+        flat, keep = x.reshape(-1, x.shape[-1]), None
         if dropout:  # drawn here and not in the function, so that activation checkpointing draws it again alike
-            keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+            keep = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout)
         base = self.base_layer
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        output: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, keep, self.scaling[name], 1 / (1 - dropout))
-        return output
+        scaling, grow = self.scaling[name], 1 / (1 - dropout)
+        output: Tensor = _LoraLinear.apply(flat, base.weight, base.bias, a, b, keep, scaling, grow)
+        return output.view(*x.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """W x + bias + scaling B A drop(x): products in the dtype of x, the update added in place, W frozen.
+    """W x + bias + scaling B A drop(x), (N, in) -> (N, out): products in product_dtype, the update added in place.
 
     Kept for backward: x, A x (r wide), the mask of dropout. The gradients of A and B are in their own dtype, float32.
     """
@@ -144,34 +146,31 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         grow: float,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        dropped = flat if keep is None else (flat * keep.view_as(flat)).mul_(grow)
-        low = F.linear(dropped, a.to(x.dtype))
-        output = F.linear(x, weight, bias)
-        output.view(len(flat), -1).addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+        exact = x.to(product_dtype(x))
+        low = F.linear(exact if keep is None else (exact * keep).mul_(grow), a.to(exact.dtype))
+        output = project(exact, weight, bias).addmm_(low, b.to(exact.dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, low, weight, a, b, keep)
         ctx.scaling, ctx.grow = scaling, grow
-        return output
+        return output.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, a, b, keep = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        grad = grad.reshape(-1, grad.shape[-1])
+        exact, grad = x.to(low.dtype), grad.to(low.dtype)
         grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
-        dropped = flat if keep is None else (flat * keep.view_as(flat)).mul_(ctx.grow)
+        dropped = exact if keep is None else (exact * keep).mul_(ctx.grow)
         grad_a = (grad_low.t() @ dropped).to(a.dtype) if ctx.needs_input_grad[3] else None
         # B's transposed: laid out as it is, the gradient of the output need not be turned for the product.
         grad_b = (low.t() @ grad).t().to(b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
+            grad_x = project_back(grad, weight)
             if keep is None:
                 grad_x.addmm_(grad_low, a.to(grad.dtype))
             else:
-                grad_x.add_((grad_low @ a.to(grad.dtype)).mul_(ctx.grow).mul_(keep.view_as(grad_x)))
-            grad_x = grad_x.view_as(x)
+                grad_x.add_((grad_low @ a.to(grad.dtype)).mul_(ctx.grow).mul_(keep))
+            grad_x = grad_x.to(x.dtype)
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
@@ -192,10 +191,16 @@ def add_lora(model: FusedPhiForCausalLM, shape: LoraShape, *, dropout: float) ->
 def fuse_lora(model: nn.Module) -> None:
     """Let every plain LoRA of an ordinary floating linear layer compute as FusedLora; all else stays PEFT's own."""
     for module in model.modules():
-        if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear or module.lora_variant:
+        if type(module) is not LoraLinear or module.lora_variant:
             continue
+        base: Any = module.base_layer
         plain = not module.fan_in_fan_out and not any(module.lora_bias.values())
-        if plain and module.base_layer.weight.is_floating_point() and not module.base_layer.weight.requires_grad:
+        if (
+            plain
+            and type(base) in (nn.Linear, FrozenLinear)
+            and base.weight.is_floating_point()
+            and not base.weight.requires_grad
+        ):
             module.__class__ = FusedLora
 
 

@@ -33,6 +33,7 @@ from lit_phi2.base import Base
 from lit_phi2.errors import InputError
 from lit_phi2.model.attention import Layout, attend, example_layout
 from lit_phi2.model.elementwise import add_dropped, gelu
+from lit_phi2.model.products import FrozenLinear
 
 
 class FusedPhiAttention(PhiAttention):
@@ -41,7 +42,9 @@ class FusedPhiAttention(PhiAttention):
     def __init__(self, config: PhiConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         del self.q_proj, self.k_proj, self.v_proj
-        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.num_attention_heads * self.head_dim)
+        width = config.num_attention_heads * self.head_dim
+        self.Wqkv = FrozenLinear(config.hidden_size, 3 * width)
+        self.dense = FrozenLinear(width, config.hidden_size)
 
     def forward(
         self,
@@ -101,6 +104,8 @@ class FusedPhiForCausalLM(PhiForCausalLM):
         super().__init__(config)
         for index, layer in enumerate(self.model.layers):
             layer.self_attn = FusedPhiAttention(config, index)
+            layer.mlp.fc1 = FrozenLinear(config.hidden_size, config.intermediate_size)
+            layer.mlp.fc2 = FrozenLinear(config.intermediate_size, config.hidden_size)
             if config.hidden_act == "gelu_new":  # the same function, in one pass over memory instead of six
                 layer.mlp.activation_fn = Gelu()
 
