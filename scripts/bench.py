@@ -139,8 +139,8 @@ def bench(args: argparse.Namespace, names: list[str]) -> None:
         f"{facts['records']} records, {facts['tokens']:,} tokens, {facts['supervised']:,} of them supervised, the "
         f"longest record {facts['longest']}; {facts['left_out']} records of the source have more than {ROW} tokens "
         f"or faults and are not among them\n"
-        f"base: {facts['layers']} layers, {facts['width']} wide; {args.dtype}, peers {args.peer_dtype or args.dtype}, on "
-        f"{facts['device']}; torch {version('torch')}\n",
+        f"base: {facts['layers']} layers, {facts['width']} wide; {args.dtype}, peers {args.peer_dtype or args.dtype}, "
+        f"on {facts['device']}; torch {version('torch')}\n",
         flush=True,
     )
     if any(PEERS[name].environment == "litgpt" for name in names):
