@@ -64,7 +64,7 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
     if not len(targets):
         zero = torch.zeros((), dtype=torch.int64, device=hidden.device)
         return Loss(nats=hidden.float().sum() * 0.0, tokens=zero, correct=zero)
-    if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+    if isinstance(head, nn.Linear) and not any(parameter.requires_grad for parameter in head.parameters()):
         nats, correct = _HeadLoss.apply(picked, head.weight, head.bias, targets)
         return Loss(nats, supervised.sum(), correct)
     logits = head(picked)

@@ -102,6 +102,7 @@ class FusedPhiForCausalLM(PhiForCausalLM):
                 "config has other ones."
             )
         super().__init__(config)
+        self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size)
         for index, layer in enumerate(self.model.layers):
             layer.self_attn = FusedPhiAttention(config, index)
             layer.mlp.fc1 = FrozenLinear(config.hidden_size, config.intermediate_size)
