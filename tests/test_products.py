@@ -10,7 +10,7 @@ from lit_phi2.batch import IGNORE_INDEX
 from lit_phi2.model import products
 from lit_phi2.model.loss import causal_lm_loss
 from lit_phi2.model.phi2 import hidden_states
-from lit_phi2.model.products import FrozenLinear, project, project_back
+from lit_phi2.model.products import FrozenLinear, times
 from runs import new_module, relative_difference
 
 WIDE, TALL = (5, 130), (130, 5)  # (out, in): one is cut along its inputs, the other along its outputs
@@ -18,22 +18,30 @@ WIDE, TALL = (5, 130), (130, 5)  # (out, in): one is cut along its inputs, the o
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     monkeypatch.setattr(products, "EMULATED", True)
-    monkeypatch.setattr(products, "PIECE", 5 * 48)  # three pieces, the last of them short
+    monkeypatch.setattr(products, "PIECE", 7 * 48)  # of seven rows three pieces, the last of them short
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [WIDE, TALL])
-def test_products_with_bfloat16_weights_are_float32s(shape: tuple[int, int]) -> None:
-    """Reference: float64 over the same weights. A sum of 130 products in float32 is off by some 1e-7 of its norm."""
-    num_out, num_in = shape
-    weight, bias = torch.randn(shape).bfloat16(), torch.randn(num_out).bfloat16()
-    x, grad = torch.randn(7, num_in), torch.randn(7, num_out)
-    expected = x.double() @ weight.double().t()
-    out = torch.full((7, num_out), float("nan"))
-    assert project(x, weight, out=out) is out
-    assert relative_difference(out.double(), expected) < 1e-6
-    assert relative_difference(project(x, weight, bias).double(), expected + bias.double()) < 1e-6
-    assert relative_difference(project_back(grad, weight).double(), grad.double() @ weight.double()) < 1e-6
+def test_products_in_pieces_are_rounded_once(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Reference: float64 over the same numbers. A sum of 130 products in float32 is off by some 1e-7 of its norm."""
+    rows, columns = shape
+    matrix, bias, x = torch.randn(shape).bfloat16(), torch.randn(columns).bfloat16(), torch.randn(7, rows).to(dtype)
+    low, up = torch.randn(7, 2).to(dtype), torch.randn(2, columns)
+    exact = x.double() @ matrix.double()
+    updated = exact + bias.double() + 0.3 * low.double() @ up.double()
+    for got, expected in (
+        (times(x, matrix), exact),
+        (times(x, matrix.t().contiguous().t()), exact),  # as W^T lies
+        (times(x, matrix, bias=bias, low=low, up=up, scale=0.3), updated),
+    ):
+        assert got.dtype == dtype
+        once = expected.to(dtype).double()
+        assert relative_difference(got.double(), once) < (
+            1e-6 if dtype == torch.float32 else 1e-3
+        )  # or of a tie the other side
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -44,7 +52,7 @@ def test_gradcheck_of_a_product_in_pieces(shape: tuple[int, int], bias: bool) ->
     weight = torch.randn(shape).bfloat16()
     added = torch.randn(num_out, dtype=torch.float64) if bias else None
     x = torch.randn(6, num_in, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: products._Project.apply(x, weight, added), (x,))
+    assert torch.autograd.gradcheck(lambda x: products._Times.apply(x, weight, added), (x,))
 
 
 def test_a_frozen_linear_layer_is_rounded_once_and_behaves_as_torchs_own() -> None:
@@ -64,7 +72,7 @@ def test_what_torch_multiplies_well_is_torchs_own(what: str, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise AssertionError("in pieces")
 
-    monkeypatch.setattr(products, "_pieces", refuse)
+    monkeypatch.setattr(products, "_finish", refuse)
     if what == "native":
         monkeypatch.setattr(products, "EMULATED", False)
     dtype = torch.float32 if what == "float32" else torch.bfloat16

@@ -20,14 +20,13 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.base import Base
 from lit_phi2.batch import TEMPLATE_VERSION
 from lit_phi2.errors import InputError
 from lit_phi2.files import digest, replace_file
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
-from lit_phi2.model.products import FrozenLinear, product_dtype, project, project_back
+from lit_phi2.model.products import FrozenLinear, times
 
 CONFIG_FILE = "adapter_config.json"  # PEFT's names
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -146,31 +145,25 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         grow: float,
     ) -> Tensor:
-        exact = x.to(product_dtype(x))
-        low = F.linear(exact if keep is None else (exact * keep).mul_(grow), a.to(exact.dtype))
-        output = project(exact, weight, bias).addmm_(low, b.to(exact.dtype).t(), alpha=scaling)
+        low = times(x if keep is None else (x * keep).mul_(grow), a.to(x.dtype).t())
         ctx.save_for_backward(x, low, weight, a, b, keep)
         ctx.scaling, ctx.grow = scaling, grow
-        return output.to(x.dtype)
+        return times(x, weight.t(), bias=bias, low=low, up=b.t(), scale=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, a, b, keep = ctx.saved_tensors
-        exact, grad = x.to(low.dtype), grad.to(low.dtype)
-        grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
-        dropped = exact if keep is None else (exact * keep).mul_(ctx.grow)
-        grad_a = (grad_low.t() @ dropped).to(a.dtype) if ctx.needs_input_grad[3] else None
+        grad_low = times(grad, b.to(grad.dtype)).mul_(ctx.scaling)
+        dropped = x if keep is None else (x * keep).mul_(ctx.grow)
+        grad_a = times(grad_low.t(), dropped).to(a.dtype) if ctx.needs_input_grad[3] else None
         # B's transposed: laid out as it is, the gradient of the output need not be turned for the product.
-        grad_b = (low.t() @ grad).t().to(b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        grad_b = times(low.t(), grad).t().to(b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = project_back(grad, weight)
-            if keep is None:
-                grad_x.addmm_(grad_low, a.to(grad.dtype))
-            else:
-                grad_x.add_((grad_low @ a.to(grad.dtype)).mul_(ctx.grow).mul_(keep))
-            grad_x = grad_x.to(x.dtype)
+        if ctx.needs_input_grad[0] and keep is None:
+            grad_x = times(grad, weight, low=grad_low, up=a)
+        elif ctx.needs_input_grad[0]:
+            grad_x = times(grad, weight).add_(times(grad_low, a.to(grad.dtype)).mul_(ctx.grow).mul_(keep))
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.batch import IGNORE_INDEX
-from lit_phi2.model.products import product_dtype, project, project_back
+from lit_phi2.model.products import product_dtype, times
 
 LOGITS_BYTES = 64 * 2**20  # at most, of logits at one time, whatever the batch
 SLICES = {"cpu": 4096}  # tokens of the vocabulary at a time, at most, where a cache is to hold their logits
@@ -98,14 +98,11 @@ class _HeadLoss(torch.autograd.Function):
         most = max(1, LOGITS_BYTES // (len(padded) * (exact.itemsize + padded.dtype.itemsize)))
         most = min(most, SLICES.get(hidden.device.type, most))
         width = -(-len(weight) // -(-len(weight) // most))  # slices of about the same width
-        products = padded.new_zeros(len(padded) * width)
         scores = hidden.new_empty(num * width, dtype=exact)
         for start in range(0, len(weight), width):
             part = weight[start : start + width]
-            product = products[: len(padded) * len(part)].view(len(padded), -1)
-            logits = scores[: num * len(part)].view(num, -1)
-            project(padded, part, out=product)
-            logits.copy_(product[:num])
+            product = times(padded, part.t())
+            logits = scores[: num * len(part)].view(num, -1).copy_(product[:num])
             if bias is not None:
                 logits.add_(bias[start : start + width])
             # Masks, not indices of the targets that are here: a GPU would have to be waited for at each slice.
@@ -124,7 +121,7 @@ class _HeadLoss(torch.autograd.Function):
                 # Not the target's: where it is nearly sure, its share less one is small, and would drown in rounding.
                 terms.scatter_(1, place, terms.gather(1, place).masked_fill_(here, 0))
                 product[:num] = terms
-                mixed.mul_(shrink).add_(project_back(product, part)[:num])
+                mixed.mul_(shrink).add_(times(product, part)[:num])
         nats = (largest + total.log() - at_target).sum()
         grad = None
         if mixed is not None:

@@ -1,11 +1,11 @@
 """Products: activations times weights that stay as they are, in bfloat16 also on a CPU that cannot multiply it.
 
-    x (N, in), W (out, in) -> x W^T (N, out)
-    g (N, out), W (out, in) -> g W (N, in)
+    x (N, K), matrix (K, M) -> x matrix (N, M)        W^T on the way forward, W on the way back
 
 On a CPU torch multiplies bfloat16 by AMX or AVX512-BF16. Without them it has loops that take seven times as long as a
-product in float32, and backward three hundred times. There W becomes float32 a piece at a time, each small enough for a
-cache: float32's pace, with half of its memory for the weights. The sums are float32's, as AMX keeps them.
+product in float32, and backward three hundred times. There the matrix becomes float32 a piece at a time, each small
+enough for a cache: float32's pace, with half of its memory. The sums are float32's, as AMX keeps them, and are rounded
+once.
 """
 
 from typing import Any
@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.devices import multiplies_bfloat16
 
 EMULATED = not multiplies_bfloat16(torch.device("cpu"))[0]
-PIECE = 2**21  # weights that are float32 at a time: 8 MiB
+PIECE = 2**21  # elements that are float32 at a time: 8 MiB
 FEW = 4  # rows up to which torch's own loops are the faster ones: answers are written one token at a time
 
 
@@ -28,47 +27,52 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if emulated else x.dtype
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """x W^T + bias, (N, in) -> (N, out), in the dtype of x; without a gradient.
+def times(
+    x: Tensor,
+    matrix: Tensor,
+    *,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """x matrix + bias + scale low up, (N, K) -> (N, M), in the dtype of x; without a gradient.
 
     Args:
-        x: in product_dtype.
-        weight, bias: (out, in) and (out,), in the dtype of x or in bfloat16.
-        out: where to write it.
+        x: (N, K).
+        matrix: (K, M), in the dtype of x or in bfloat16.
+        bias: (M,).
+        low, up: (N, r) and (r, M), an update of low rank; both or none.
+        scale: of the update.
     """
-    if x.dtype == weight.dtype:
-        return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
-    out = x.new_empty(len(x), len(weight)) if out is None else out
-    if len(weight) < weight.shape[1]:
-        out.zero_()
-        for some in _pieces(weight):
-            out.addmm_(x[:, some], weight[:, some].to(x.dtype).t())
-    else:
-        for some in _pieces(weight):
-            out[:, some] = x @ weight[some].to(x.dtype).t()
-    return out if bias is None else out.add_(bias)
-
-
-def project_back(grad: Tensor, weight: Tensor) -> Tensor:
-    """g W, (N, out) -> (N, in): the gradient of x from that of x W^T, in its dtype."""
-    if grad.dtype == weight.dtype:
-        return grad @ weight
-    if len(weight) < weight.shape[1]:
-        out = grad.new_empty(len(grad), weight.shape[1])
-        for some in _pieces(weight):
-            out[:, some] = grad @ weight[:, some].to(grad.dtype)
+    dtype = product_dtype(x)
+    if dtype == matrix.dtype:
+        out = x @ matrix if bias is None else torch.addmm(bias, x, matrix)
+        return out if low is None or up is None else out.addmm_(low.to(dtype), up.to(dtype), alpha=scale)
+    rows, columns = matrix.shape
+    # Along the longer side, so that what is multiplied by the pieces is small and is read over and over.
+    width = max(1, PIECE // max(len(x), min(rows, columns)))
+    pieces = [slice(start, start + width) for start in range(0, max(rows, columns), width)]
+    if rows <= columns:
+        out, exact = x.new_empty(len(x), columns), x.to(dtype)
+        for some in pieces:
+            out[:, some] = _finish(exact @ matrix[:, some].to(dtype), some, bias, low, up, scale)
         return out
-    out = grad.new_zeros(len(grad), weight.shape[1])
-    for some in _pieces(weight):
-        out.addmm_(grad[:, some], weight[some].to(grad.dtype))
-    return out
+    total = x.new_zeros(len(x), columns, dtype=dtype)
+    for some in pieces:
+        total.addmm_(x[:, some].to(dtype), matrix[some].to(dtype))
+    return _finish(total, slice(None), bias, low, up, scale).to(x.dtype)
 
 
-def _pieces(weight: Tensor) -> list[slice]:
-    """Along the longer side, so that what is multiplied by them, the shorter one wide, is read over and over."""
-    shorter, longer = sorted(weight.shape)
-    width = max(1, PIECE // shorter)
-    return [slice(start, min(start + width, longer)) for start in range(0, longer, width)]
+def _finish(
+    total: Tensor, some: slice, bias: Tensor | None, low: Tensor | None, up: Tensor | None, scale: float
+) -> Tensor:
+    """Add, in place, what belongs to some columns."""
+    if bias is not None:
+        total.add_(bias[some])
+    if low is not None and up is not None:
+        total.addmm_(low.to(total.dtype), up[:, some].to(total.dtype), alpha=scale)
+    return total
 
 
 class FrozenLinear(nn.Linear):
@@ -79,22 +83,20 @@ class FrozenLinear(nn.Linear):
         flat = input.reshape(-1, input.shape[-1])
         if self.weight.requires_grad or product_dtype(flat) == input.dtype:
             return super().forward(input)
-        output: Tensor = _Project.apply(flat, self.weight, self.bias)
+        output: Tensor = _Times.apply(flat, self.weight, self.bias)
         return output.view(*input.shape[:-1], -1)
 
 
-class _Project(torch.autograd.Function):
-    """x W^T + bias and its gradient to x, (N, in) -> (N, out), in product_dtype."""
+class _Times(torch.autograd.Function):
+    """x W^T + bias, (N, in) -> (N, out), and its gradient to x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return project(x.to(product_dtype(x)), weight, bias).to(x.dtype)
+        return times(x, weight.t(), bias=bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (weight,) = ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return project_back(grad.to(product_dtype(grad)), weight).to(grad.dtype), None, None
+        return times(grad, weight) if ctx.needs_input_grad[0] else None, None, None
