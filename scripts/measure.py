@@ -4,6 +4,7 @@
     python scripts/measure.py start                                  --help, and the first step of quickstart's fit
     python scripts/measure.py sizes --base FOLDER                   a step by length and number of rows
     python scripts/measure.py kinds --base FOLDER                   where the time of a step goes, ours and PEFT's
+    python scripts/measure.py products --base FOLDER                a product in float32, in bfloat16 by torch, by ours
     python scripts/measure.py compile --base FOLDER                 steps with torch.compile, and without
     python scripts/measure.py scale --records FILE                  time and memory by number of records
 
@@ -47,7 +48,7 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tokens", "start", "sizes", "kinds", "compile", "scale"])
+    parser.add_argument("what", choices=["tokens", "start", "sizes", "kinds", "products", "compile", "scale"])
     parser.add_argument("--base", default="tiny", help="as model.base")
     parser.add_argument("--records", default="claims:train", help="as data.train_files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of sizes, kinds and compile")
@@ -59,8 +60,8 @@ def main() -> None:
     parser.add_argument("--planned", type=int, default=10**7, help="records of scale that are only planned")
     parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl")
     args = parser.parse_args()
-    what = {"tokens": tokens, "start": start, "sizes": sizes, "kinds": kinds, "compile": compiled, "scale": scale}
-    what[args.what](args)
+    functions = (tokens, start, sizes, kinds, products, scale)
+    ({one.__name__: one for one in functions} | {"compile": compiled})[args.what](args)
 
 
 def tokens(args: argparse.Namespace) -> None:
@@ -124,7 +125,7 @@ def start(args: argparse.Namespace) -> None:
 
 
 def sizes(args: argparse.Namespace) -> None:
-    """Median seconds of a step, and memory above the loaded model, by size of batch."""
+    """Median seconds of a step after the first, and memory above the loaded model, by size of batch."""
     module = load(args.base, args.device)
     print("| rows x tokens | tokens | seconds | tokens/s | GiB above the model | MiB of logits |")
     print("|---|---|---|---|---|---|")
@@ -133,7 +134,8 @@ def sizes(args: argparse.Namespace) -> None:
         for rows in args.batches:
             batch = synthetic(rows, length, module.fused_phi.config.vocab_size)
             before = start_watching(module.device)
-            seconds = median([timed(lambda b=batch: train_on(module, b)) for _ in range(6)][2:])  # type: ignore[misc]
+            taken = [timed(lambda b=batch: train_on(module, b)) for _ in range(1 + args.rounds)]  # type: ignore[misc]
+            seconds = median(taken[1:])
             above, count = peak_gib(args.device) - before, rows * length
             points.append((count, seconds, above))
             print(
@@ -184,6 +186,28 @@ def kinds(args: argparse.Namespace) -> None:
     layer = module.fused_phi.model.layers[0].mlp.fc1.base_layer
     best = max(product_rates("fc1", 512, layer.weight).values())
     print(f"product rate {best / 1e12:.2f} TFLOP/s")
+
+
+def products(args: argparse.Namespace) -> None:
+    """Milliseconds of the products of a row of 512 with fc1; torch's own last, for it may take a minute."""
+    from lit_phi2.model.products import times
+
+    module = load(args.base, args.device)
+    weight = module.fused_phi.model.layers[0].mlp.fc1.base_layer.weight.detach()
+    exact, (num_out, num_in) = weight.float(), weight.shape
+    print("| 512 rows | float32 | bfloat16, ours | bfloat16, torch's own |\n|---|---|---|---|")
+    for name, width, wide, of in (("x W^T", num_in, exact.t(), weight.t()), ("g W", num_out, exact, weight)):
+        x = torch.randn(512, width, device=weight.device)
+        low = x.bfloat16()
+        figures = [
+            1000 * min(timed(lambda one=one, other=other, by=by: by(one, other)) for _ in range(rounds))  # type: ignore[misc]
+            for one, other, by, rounds in (
+                (x, wide, torch.mm, args.rounds),
+                (low, of, times, args.rounds),
+                (low, of, torch.mm, 1),
+            )
+        ]
+        print(f"| {name}, {num_in} to {num_out} | " + " | ".join(f"{figure:,.0f}" for figure in figures) + " |")
 
 
 def compiled(args: argparse.Namespace) -> None:
