@@ -12,6 +12,7 @@ Figures of one machine at one time: compare those of one run only.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -424,6 +425,8 @@ def logits_gib(module: Any, batch: Any) -> float:
 def start_watching(device: torch.device) -> float:
     """GiB now, resident or allocated on the GPU; peak_gib tells the most from here on."""
     gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # a step keeps the memory that it freed, which would hide what the next one takes
     forget_peak(device.type)
     return torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else resident_gib()
 

@@ -122,6 +122,7 @@ class _HeadLoss(torch.autograd.Function):
                 terms.scatter_(1, place, terms.gather(1, place).masked_fill_(here, 0))
                 product[:num] = terms
                 mixed.mul_(shrink).add_(times(product, part)[:num])
+            del product  # or two of them would be held at once
         nats = (largest + total.log() - at_target).sum()
         grad = None
         if mixed is not None:
