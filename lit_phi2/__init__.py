@@ -15,9 +15,9 @@ The flow, which is also the order in which to read the rooms:
     Examples kept                data/store.py          in memory; of large files on disk, made once
     Example -> Row -> Batch      data/collate.py        tensors; data/datamodule.py arranges, data/report.py inspects
 
+    products of Phi-2            model/products.py      with frozen weights, on any CPU
+    between its products         model/attention.py     and model/elementwise.py: in few passes over memory
     Batch -> hidden states       model/phi2.py          Phi-2 with a fused Wqkv, adapted by model/lora.py
-    its products                 model/products.py      with frozen weights, on any CPU
-    between them                 model/attention.py     and model/elementwise.py: in few passes over memory
     hidden states -> loss        model/loss.py          summed nats over supervised tokens
     prompt -> answer             generation.py          greedy decoding
     loss -> optimizer step       model/module.py        the LightningModule; loops.py: validations where a step ends

@@ -109,4 +109,4 @@ def test_a_model_in_bfloat16_is_as_near_to_float64_as_with_torchs_own_products(
         got = nats_and_gradients(rounded)
         off[emulated] = [relative_difference(one.double(), other) for one, other in zip(got, expected, strict=True)]
     assert sum(off[True]) < 1.5 * sum(off[False])
-    assert max(off[True]) < 0.05
+    assert max(off[True]) < 0.05  # of a gradient through all layers: a dozen roundings to 8 bits
