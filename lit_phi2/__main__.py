@@ -2,6 +2,6 @@
 
 import sys
 
-from lit_phi2.cli import main
+from lit_phi2.cli.main import main
 
 sys.exit(main())

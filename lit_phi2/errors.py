@@ -17,7 +17,7 @@ class NonFiniteError(RuntimeError):
     exit_code = 1
 
 
-class Stopped(Exception):  # noqa: N818  not an error: the run was asked to stop and has saved what it had
+class RunInterrupted(Exception):  # noqa: N818  not an error: the run was asked to stop and has saved what it had
     """The run was stopped by a signal, after saving."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -237,18 +237,18 @@ def check_start(run: Run, ours: Run, facts: Run) -> None:
             f"bench: at step 0 {run['peer']} has a loss of {run['loss_before']:.4f}, ours {ours['loss_before']:.4f}: "
             f"more than {TOLERANCE:.0%} apart, so they do not run the same model on the same tokens."
         )
-    expected = trained_parameters(facts, fused=run["peer"] == "ours")
+    expected = trainable_parameters(facts, fused=run["peer"] == "ours")
     if run["trained_parameters"] != expected:
         raise SystemExit(
             f"bench: {run['peer']} trains {run['trained_parameters']:,} parameters; expected {expected:,}."
         )
 
 
-def trained_parameters(facts: Run, *, fused: bool) -> int:
+def trainable_parameters(facts: Run, *, fused: bool) -> int:
     """Of LoRA on q, k, v, fc1 and fc2. A layer of `in` to `out` has RANK x (in + out) of them.
 
     >>> phi2 = {"layers": 32, "width": 2560, "inner": 10240}
-    >>> trained_parameters(phi2, fused=True), trained_parameters(phi2, fused=False)
+    >>> trainable_parameters(phi2, fused=True), trainable_parameters(phi2, fused=False)
     (2293760, 2621440)
     """
     width, inner = facts["width"], facts["inner"]
@@ -389,7 +389,7 @@ class Loaded:
         more: further figures, after training.
     """
 
-    trained_parameters: int
+    trainable_parameters: int
     nats: Callable[[], list[float]]
     train: Callable[[], None]
     more: Callable[[], Run] = dict
@@ -436,7 +436,7 @@ def measure(args: argparse.Namespace) -> Run:
     report: Run = {
         "peer": args.worker,
         "threads": torch.get_num_threads(),
-        "trained_parameters": peer.trained_parameters,
+        "trained_parameters": peer.trainable_parameters,
         "nats_before": before,
         "loss_before": sum(before) / supervised,
     }
@@ -486,14 +486,14 @@ def prepare(args: argparse.Namespace) -> Run:
     """Tokenize the records, as our own training does, and write them down for all."""
     import torch
 
-    from lit_phi2.base import find_base, load_tokenizer, read_config
     from lit_phi2.data.encode import encode
-    from lit_phi2.data.records import Fields, read_records
+    from lit_phi2.data.records import FieldNames, read_records
+    from lit_phi2.pretrained import load_tokenizer, read_model_config, resolve_base_model
 
-    base = find_base(args.base)
-    config = read_config(base)
-    records, faults = read_records([args.records], Fields(), needs_response=True)
-    encoded = encode(records, load_tokenizer(base), max_length=ROW, overlong="skip")
+    base = resolve_base_model(args.base)
+    config = read_model_config(base)
+    records, faults = read_records([args.records], FieldNames(), needs_response=True)
+    encoded = encode(records, load_tokenizer(base), max_length=ROW, on_overlong="skip")
     if len(encoded.examples) < args.count:
         raise SystemExit(f"--count {args.count}: {args.records} holds {len(encoded.examples)} records that fit.")
     examples = encoded.examples[: args.count]
@@ -538,12 +538,12 @@ def load_ours(task: Task) -> Loaded:
     import lightning.pytorch as pl
     import torch
 
-    from lit_phi2 import batch as lit_batch
+    from lit_phi2 import types as lit_batch
     from lit_phi2.data.collate import collate
     from lit_phi2.data.datamodule import ClaimsDataModule
     from lit_phi2.data.records import Record
-    from lit_phi2.data.store import in_memory
-    from lit_phi2.model.module import LitPhi2
+    from lit_phi2.data.splits import build_split
+    from lit_phi2.training.module import LitPhi2
 
     examples = [
         lit_batch.Example(f"record {index}", example.ids, example.prompt_length)
@@ -551,7 +551,7 @@ def load_ours(task: Task) -> Loaded:
     ]
     records = [Record(example.id, "", "", "", "") for example in examples]
     data = ClaimsDataModule(max_length=ROW, batch_size=task.rows, base=task.base, seed=SEED)
-    split = in_memory([], lambda _: zip(records, examples, strict=True), skip=False)
+    split = build_split([], lambda _: zip(records, examples, strict=True), skip=False)
     data.splits = {"train": split, "val": split}  # what setup would read
     module = LitPhi2(
         base=task.base,
@@ -580,9 +580,9 @@ def load_ours(task: Task) -> Loaded:
             if trainer.global_step > ledger.steps:
                 ledger.step()
             checksum = sum(sum(examples[int(name.split()[1])].ids) for name in batch.record_ids)
-            ledger.add(len(batch.record_ids), batch.num_tokens, batch.num_supervised, checksum)
+            ledger.add(len(batch.record_ids), batch.num_tokens, batch.supervised_tokens, checksum)
             fullest["tokens"] = max(fullest["tokens"], batch.num_tokens)
-            fullest["supervised"] = max(fullest["supervised"], batch.num_supervised)
+            fullest["supervised"] = max(fullest["supervised"], batch.supervised_tokens)
 
     def nats() -> list[float]:
         phi.eval()
@@ -649,10 +649,10 @@ def product_rates(name: str, rows: int, weight: Any, *, seconds: float = 0.5) ->
     import torch
     from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-    from lit_phi2.model.products import product_dtype
+    from lit_phi2.model.linear import matmul_dtype
 
     num_out, num_in = weight.shape
-    like = {"dtype": product_dtype(weight), "device": weight.device}
+    like = {"dtype": matmul_dtype(weight), "device": weight.device}
     w = torch.randn(num_out, num_in, **like)
     x, g = torch.randn(rows, num_in, **like), torch.randn(rows, num_out, **like)
     products: dict[str, Callable[[], Any]] = {
@@ -790,14 +790,14 @@ def load_rows(task: Task) -> Loaded:
     import torch
     from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-    from lit_phi2.data.plan import Shape, plan_epoch
+    from lit_phi2.data.schedule import BatchingConfig, training_schedule
 
     ledger, examples = task.ledger, task.examples
     model = _native_phi(task, task.dtype).to(task.device)
     accumulate = task.accumulate(ROW)
     lengths = [len(example.ids) for example in examples]
     supervised = [len(example.ids) - example.prompt_length for example in examples]
-    plan = plan_epoch(lengths, supervised, Shape(ROW, accumulate=accumulate), seed=SEED, epoch=0)
+    plan = training_schedule(lengths, supervised, BatchingConfig(ROW, accumulate=accumulate), seed=SEED, epoch=0)
 
     def summed(chosen: list[Example]) -> Any:
         ids = torch.tensor([[token for example in chosen for token in example.ids]]).to(task.device)
@@ -820,7 +820,7 @@ def load_rows(task: Task) -> Loaded:
         ledger.begin()
         for number, micro in enumerate(plan, 1):
             chosen = [examples[index] for row in micro.rows for index in row]
-            (summed(chosen) * micro.share / accumulate).backward()
+            (summed(chosen) * micro.loss_weight / accumulate).backward()
             ledger.add(
                 len(chosen),
                 sum(len(example.ids) for example in chosen),

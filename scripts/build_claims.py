@@ -27,7 +27,7 @@ from claims.compose import FOLDER, FORMS, Category, Record, compose_record, load
 from claims.world import capitalized, kinds_of
 
 PER_CATEGORY = {"train": 150, "validation": 14, "test": 14}  # composed records
-GRAM = 8  # words
+NGRAM = 8  # words
 NEAR = 0.45  # share of its runs of eight words that a held-out answer may have in common with one training answer
 # Slots that every wording of a form holds, so that no fact depends on the wording.
 SLOTS = {
@@ -132,7 +132,7 @@ def grams(text: str) -> set[tuple[str, ...]]:
     2
     """
     found = words(text)
-    return {tuple(found[n : n + GRAM]) for n in range(len(found) - GRAM + 1)}
+    return {tuple(found[n : n + NGRAM]) for n in range(len(found) - NGRAM + 1)}
 
 
 def faults_of(category: Category) -> Iterator[str]:
@@ -154,12 +154,12 @@ def faults_of(category: Category) -> Iterator[str]:
     for form in FORMS:
         if len(category["asks"][form]) < 5:
             yield f"asks.{form}: at least 5 are needed"
-        if len(category["answers"][form]) < 2:
+        if len(category["completions"][form]) < 2:
             yield f"answers.{form}: at least 2 skeletons are needed"
         for fact in category["facts"][form]:
             if len(fact) < 4 or fact.lower() in named:
                 yield f"facts.{form}: {fact!r} is too short, or stands in notices or asks"
-        for number, moves in enumerate(category["answers"][form], 1):
+        for number, moves in enumerate(category["completions"][form], 1):
             place = f"answers.{form} {number}"
             if (moves.count("@rights") != 1) if form == "explain" else ("@rights" in moves):
                 yield f"{place}: '@rights' stands once in explain and nowhere else"

@@ -29,7 +29,7 @@ def main() -> None:
     keys, choices = zip(
         *((key, values.split(",")) for key, values in (one.split("=") for one in args.set)), strict=True
     )
-    print("| " + " | ".join([*keys, "optimizer steps", "seconds", "val/loss", "val/token_accuracy"]) + " |")
+    print("| " + " | ".join([*keys, "total_steps", "seconds", "val/loss", "val/token_accuracy"]) + " |")
     print("|" + "---|" * (len(keys) + 4))
     for values in itertools.product(*choices):
         row = run(args, dict(zip(keys, values, strict=True)))

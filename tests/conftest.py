@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
 
-from lit_phi2.base import TINY, Base, find_base
+from lit_phi2.pretrained import TINY_PHI_DIR, BaseModel, resolve_base_model
 
 WORDS = [
     "claim",
@@ -38,11 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(TINY)
+    return AutoTokenizer.from_pretrained(TINY_PHI_DIR)
 
 
 @pytest.fixture(scope="session")
-def native_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+def phi_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A random two-layer Phi in Hugging Face form, float32, with the dropout that Phi-2's config has.
 
     Weights of standard deviation 0.1 instead of 0.02: attention is then far from uniform, so that a leak between
@@ -65,13 +65,13 @@ def native_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTraine
     )
     PhiForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
+        shutil.copy(TINY_PHI_DIR / name, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def base(native_folder: Path) -> Base:
-    return find_base(str(native_folder))
+def base(phi_dir: Path) -> BaseModel:
+    return resolve_base_model(str(phi_dir))
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
-from lit_phi2.batch import IGNORE_INDEX, Batch, Example, Row
+from lit_phi2.types import IGNORE_INDEX, Batch, Example, Row
 
 
-def collate(examples: Sequence[Example], rows: Sequence[Row], *, share: float = 1.0, seed: int = 0) -> Batch:
+def collate(examples: Sequence[Example], rows: Sequence[Row], *, loss_weight: float = 1.0, seed: int = 0) -> Batch:
     """The batch of some rows, as wide as the longest of them.
 
     Args:
@@ -44,4 +44,4 @@ def collate(examples: Sequence[Example], rows: Sequence[Row], *, share: float = 
         position_ids[line, start:] = torch.arange(size[1] - start)
     record_ids = [examples[index].id for row in rows for index in row]
     supervised = sum(examples[index].supervised_tokens for row in rows for index in row)
-    return Batch(input_ids, position_ids, labels, record_ids, sum(num_tokens), supervised, share, seed)
+    return Batch(input_ids, position_ids, labels, record_ids, sum(num_tokens), supervised, loss_weight, seed)

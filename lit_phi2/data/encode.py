@@ -15,12 +15,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_phi2.batch import Example
 from lit_phi2.data.prompts import format_prompt
-from lit_phi2.data.records import Fault, Record, batched, short
+from lit_phi2.data.records import InvalidRecord, Record
+from lit_phi2.data.text import shorten
 from lit_phi2.errors import InputError
+from lit_phi2.types import Example
+from lit_phi2.utils.sequences import batched
 
-OVERLONG = ("trim", "skip", "error")
+ON_OVERLONG = ("truncate", "skip", "error")
 _BATCH = 1000  # records tokenized at a time, enough to keep the tokenizer's threads busy
 
 
@@ -37,8 +39,8 @@ class Encoded:
 
     examples: list[Example] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    skipped: list[Fault] = field(default_factory=list)
+    faults: list[InvalidRecord] = field(default_factory=list)
+    skipped: list[InvalidRecord] = field(default_factory=list)
 
 
 def encode(
@@ -46,14 +48,14 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    overlong: str = "trim",
+    on_overlong: str = "truncate",
     with_response: bool = True,
 ) -> Encoded:
     """Tokenize records and settle the ones that are too long; see `each_example`."""
     encoded = Encoded()
-    left_out = encoded.skipped if overlong == "skip" else encoded.faults
-    for record, settled in each_example(
-        records, tokenizer, max_length=max_length, overlong=overlong, with_response=with_response
+    left_out = encoded.skipped if on_overlong == "skip" else encoded.faults
+    for record, settled in iter_examples(
+        records, tokenizer, max_length=max_length, on_overlong=on_overlong, with_response=with_response
     ):
         if isinstance(settled, Example):
             encoded.examples.append(settled)
@@ -63,37 +65,37 @@ def encode(
     return encoded
 
 
-def each_example(
+def iter_examples(
     records: Iterable[Record],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    overlong: str = "trim",
+    on_overlong: str = "truncate",
     with_response: bool = True,
-) -> Iterator[tuple[Record, Example | Fault]]:
+) -> Iterator[tuple[Record, Example | InvalidRecord]]:
     """Each record as tokens, or why it cannot be used.
 
     Args:
         records: checked records.
         tokenizer: of the base; its end token closes every response.
         max_length: tokens that an example may hold, end token included.
-        overlong: 'trim' shortens the input section at its end and nothing else; 'skip' leaves the record out; 'error'
+        on_overlong: 'truncate' shortens the input section at its end and nothing else; 'skip' leaves the record out; 'error'
             makes it a bad record. One that trimming cannot save is a bad record too.
         with_response: False encodes the prompt alone, for predict.
 
     Raises:
         InputError: an unknown overlong.
     """
-    if overlong not in OVERLONG:
-        raise InputError(f"data.overlong: {overlong!r} is unknown; expected one of {', '.join(OVERLONG)}.")
+    if on_overlong not in ON_OVERLONG:
+        raise InputError(f"data.on_overlong: {on_overlong!r} is unknown; expected one of {', '.join(ON_OVERLONG)}.")
     # No token covers more characters, so a text of more is too long, however it goes on; megabytes are not tokenized.
     most_characters = (max_length + 1) * max(map(len, tokenizer.get_vocab()))
     for batch in batched(records, _BATCH):
-        begun = [_beginning(record, most_characters) for record in batch]
+        begun = [_clip_chars(record, most_characters) for record in batch]
         prompts = tokenize(tokenizer, [format_prompt(record.instruction, record.input) for record in begun])
         responses = [[] for _ in batch] if not with_response else _responses(tokenizer, begun)
         for record, beginning, prompt, response in zip(batch, begun, prompts, responses, strict=True):
-            yield record, _settle(record, beginning, prompt, response, tokenizer, max_length, overlong)
+            yield record, _build_example(record, beginning, prompt, response, tokenizer, max_length, on_overlong)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -109,7 +111,7 @@ def _responses(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Record]) -> l
     return [[*ids, tokenizer.eos_token_id] for ids in tokenize(tokenizer, [record.response for record in batch])]
 
 
-def _beginning(record: Record, characters: int) -> Record:
+def _clip_chars(record: Record, characters: int) -> Record:
     """The record, each text cut to so many characters."""
     if max(len(record.instruction), len(record.input), len(record.response)) <= characters:
         return record
@@ -117,28 +119,28 @@ def _beginning(record: Record, characters: int) -> Record:
     return replace(record, **texts)
 
 
-def _settle(
+def _build_example(
     record: Record,
     beginning: Record,
     prompt: list[int],
     response: list[int],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    overlong: str,
-) -> Example | Fault:
+    on_overlong: str,
+) -> Example | InvalidRecord:
     num_tokens = len(prompt) + len(response)
     if num_tokens <= max_length:
         return Example(record.id, prompt + response, len(prompt))
-    trimmed = _trim(beginning, max_length - len(response), tokenizer) if overlong == "trim" else None
-    if trimmed is not None:
-        return Example(record.id, trimmed + response, len(trimmed), trimmed=True)
+    truncated = _truncate_input(beginning, max_length - len(response), tokenizer) if on_overlong == "truncate" else None
+    if truncated is not None:
+        return Example(record.id, truncated + response, len(truncated), truncated=True)
     raw = {name: getattr(record, name) for name in ("id", "instruction", "input", "response")}
     at_least = "" if beginning is record else "at least "
-    message = _too_long(record, at_least, num_tokens, len(response), max_length, overlong)
-    return Fault(record.place, message, json.dumps(raw, ensure_ascii=False))
+    message = _too_long(record, at_least, num_tokens, len(response), max_length, on_overlong)
+    return InvalidRecord(record.location, message, json.dumps(raw, ensure_ascii=False))
 
 
-def _trim(record: Record, room: int, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def _truncate_input(record: Record, token_budget: int, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """The prompt with as much of the start of the input as `room` tokens allow; None if not even a word of it fits."""
     text = record.input
     offsets = tokenizer(
@@ -147,7 +149,7 @@ def _trim(record: Record, room: int, tokenizer: PreTrainedTokenizerBase) -> list
     keep = len(offsets)
     while keep > 0:
         prompt = tokenize(tokenizer, [format_prompt(record.instruction, text)])[0]
-        excess = len(prompt) - room
+        excess = len(prompt) - token_budget
         if excess <= 0:
             return prompt
         # Cut by characters and tokenize anew: cut ids could end inside a character of several bytes, and would
@@ -160,13 +162,15 @@ def _trim(record: Record, room: int, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _too_long(
-    record: Record, at_least: str, num_tokens: int, response_tokens: int, max_length: int, overlong: str
+    record: Record, at_least: str, num_tokens: int, response_tokens: int, max_length: int, on_overlong: str
 ) -> str:
     if response_tokens >= max_length:
-        found = f"record {short(record.id)!r} has a response of {at_least}{response_tokens} tokens, end token included,"
+        found = (
+            f"record {shorten(record.id)!r} has a response of {at_least}{response_tokens} tokens, end token included,"
+        )
     else:
-        found = f"record {short(record.id)!r} takes {at_least}{num_tokens} tokens"
-    why = ", and shortening its input section cannot make it fit" if overlong == "trim" else ""
+        found = f"record {shorten(record.id)!r} takes {at_least}{num_tokens} tokens"
+    why = ", and shortening its input section cannot make it fit" if on_overlong == "truncate" else ""
     cure = "Raise data.max_length, or shorten the record"
     if response_tokens == 0:  # predict, where the limit is the base's context less the room for an answer
         cure = "Lower model.max_new_tokens, or shorten the record"

@@ -12,6 +12,7 @@
 An adapter answers only prompts of the template that it learned: a change here raises TEMPLATE_VERSION in `batch.py`.
 """
 
+TEMPLATE_VERSION = 1  # kept with every adapter, which answers only the prompts that it learned
 INSTRUCTION_HEADER = "### Instruction:"
 INPUT_HEADER = "### Input:"
 RESPONSE_HEADER = "### Response:"
@@ -30,14 +31,14 @@ def format_prompt(instruction: str, input: str = "") -> str:
     return f"{INSTRUCTION_HEADER}\n{instruction}\n\n{section}{RESPONSE_HEADER}\n"
 
 
-def header_within(text: str) -> str | None:
+def find_template_header(text: str) -> str | None:
     """The template's section header that begins a line of this text, if one does.
 
     Such a text could not be told from the template itself: the model would see a second instruction or response.
 
-    >>> header_within("see below\\n### Response: none")
+    >>> find_template_header("see below\\n### Response: none")
     '### Response:'
-    >>> header_within("the words ### Response: inside a line") is None
+    >>> find_template_header("the words ### Response: inside a line") is None
     True
     """
     for line in text.splitlines():

@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 from torch.nn.attention.varlen import varlen_attn
 
-from lit_phi2.model.products import product_dtype
+from lit_phi2.model.linear import matmul_dtype
 
 Span = tuple[int, int]  # where an example begins and ends among the N tokens
-QUERIES = 256  # rows of scores that are held at a time: memory for them is linear in the length of an example
+QUERY_BLOCK = 256  # rows of scores that are held at a time: memory for them is linear in the length of an example
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackedLayout:
     """Where the examples of a batch lie; made once, used by every layer.
 
     Attributes:
@@ -38,13 +38,13 @@ class Layout:
     seen: Tensor | None = None
 
 
-def example_layout(position_ids: Tensor) -> Layout:
+def packed_layout(position_ids: Tensor) -> PackedLayout:
     """Where the examples of a batch begin and end.
 
     Args:
         position_ids: (B, T), 0 where an example begins.
 
-    >>> example_layout(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]])).spans
+    >>> packed_layout(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]])).spans
     [(0, 3), (3, 5), (5, 7), (7, 8), (8, 9), (9, 10)]
     """
     flat = position_ids.flatten()
@@ -52,13 +52,13 @@ def example_layout(position_ids: Tensor) -> Layout:
     spans = list(zip(starts, [*starts[1:], len(flat)], strict=True))
     if position_ids.device.type == "cuda":
         ends = torch.tensor([0, *(end for _, end in spans)], dtype=torch.int32, device=position_ids.device)
-        return Layout(spans, ends=ends)
+        return PackedLayout(spans, ends=ends)
     if position_ids.device.type == "mps":
-        return Layout(spans, seen=seen_keys(position_ids))
-    return Layout(spans)
+        return PackedLayout(spans, seen=block_causal_mask(position_ids))
+    return PackedLayout(spans)
 
 
-def seen_keys(position_ids: Tensor) -> Tensor:
+def block_causal_mask(position_ids: Tensor) -> Tensor:
     """(B, 1, T, T): whether a key is of the same example as the query, and not after it."""
     example = (position_ids == 0).cumsum(1)
     place = torch.arange(position_ids.shape[1], device=position_ids.device)
@@ -66,7 +66,9 @@ def seen_keys(position_ids: Tensor) -> Tensor:
     return seen[:, None]
 
 
-def attend(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, *, scaling: float, dropout: float = 0.0) -> Tensor:
+def packed_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *, scaling: float, dropout: float = 0.0
+) -> Tensor:
     """Causal attention of every example to itself.
 
     Args:
@@ -80,9 +82,9 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, *, scaling: fl
         (N, H, d).
     """
     if qkv.device.type == "cpu" and layout.seen is None and not dropout:
-        mixed: Tensor = _AttendByExample.apply(qkv, cos, sin, layout.spans, scaling)
+        mixed: Tensor = _PackedAttentionCPU.apply(qkv, cos, sin, layout.spans, scaling)
         return mixed
-    query, key = rotate(qkv[:, :2], cos, sin).unbind(1)
+    query, key = apply_rotary_emb(qkv[:, :2], cos, sin).unbind(1)
     value = qkv[:, 2]
     if layout.seen is not None:  # shapes that depend on the batch's alone: MPS keeps memory for every new shape
         # (B, H, T, d)
@@ -106,7 +108,7 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, *, scaling: fl
     return torch.cat(parts)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_emb(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021) of the first R elements of (N, ..., d): pairs of one element of each half."""
     half = cos.shape[-1]
     shape = (len(cos), *[1] * (heads.ndim - 2), half)
@@ -115,7 +117,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
-class _AttendByExample(torch.autograd.Function):
+class _PackedAttentionCPU(torch.autograd.Function):
     """On the CPU: rotary and attention as batched products; weights are worked out again in backward, not kept.
 
     Queries, keys and values of an example lie together, (3, H, n, d), because a batched product copies what does not.
@@ -123,15 +125,15 @@ class _AttendByExample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[Span], scaling: float) -> Tensor:
-        turned, dtype = qkv.new_empty(qkv.numel()), product_dtype(qkv)
+        turned, dtype = qkv.new_empty(qkv.numel()), matmul_dtype(qkv)
         mixed = torch.empty_like(qkv[:, 0])
         for start, end in spans:
             own = _of_example(turned, start, end, qkv.shape)
             own.copy_(qkv[start:end].permute(1, 2, 0, 3))
-            _rotate_in_place(own[:2], cos[start:end], sin[start:end])
+            apply_rotary_emb_(own[:2], cos[start:end], sin[start:end])
             query, key, value = own.to(dtype)
-            for first in range(0, end - start, QUERIES):
-                last = min(first + QUERIES, end - start)
+            for first in range(0, end - start, QUERY_BLOCK):
+                last = min(first + QUERY_BLOCK, end - start)
                 weights = _weights(query[:, first:last], key[:, :last], scaling)
                 mixed[start + first : start + last] = torch.bmm(weights, value[:, :last]).transpose(0, 1)
         ctx.save_for_backward(turned, cos, sin)
@@ -142,14 +144,14 @@ class _AttendByExample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         turned, cos, sin = ctx.saved_tensors
-        grads, dtype = grad.new_empty(ctx.shape), product_dtype(grad)
+        grads, dtype = grad.new_empty(ctx.shape), matmul_dtype(grad)
         cos, sin = cos.to(dtype), sin.to(dtype)
         for start, end in ctx.spans:
             query, key, value = _of_example(turned, start, end, ctx.shape).to(dtype)
             of_mixed = torch.empty_like(query).copy_(grad[start:end].transpose(0, 1))  # (H, n, d)
             own = of_mixed.new_empty(3, *of_mixed.shape)
-            for first in reversed(range(0, end - start, QUERIES)):
-                last = min(first + QUERIES, end - start)
+            for first in reversed(range(0, end - start, QUERY_BLOCK)):
+                last = min(first + QUERY_BLOCK, end - start)
                 some, seen = slice(first, last), slice(0, last)
                 weights = _weights(query[:, some], key[:, seen], ctx.scaling)
                 grad_weights = torch.bmm(of_mixed[:, some], value[:, seen].transpose(1, 2))
@@ -164,7 +166,7 @@ class _AttendByExample(torch.autograd.Function):
                         own[row] = part
                     else:
                         own[row, :, seen] += part
-            _rotate_in_place(own[:2], cos[start:end], -sin[start:end])
+            apply_rotary_emb_(own[:2], cos[start:end], -sin[start:end])
             grads[start:end] = own.permute(2, 0, 1, 3)
         return grads, None, None, None, None
 
@@ -183,7 +185,7 @@ def _weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return torch.baddbmm(future, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
 
 
-def _rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+def apply_rotary_emb_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary embedding of (..., N, d), as rotate does."""
     half = cos.shape[-1]
     first, second = heads[..., :half], heads[..., half : 2 * half]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-from lit_phi2.batch import IGNORE_INDEX
-from lit_phi2.model.products import product_dtype, times
+from lit_phi2.model.linear import frozen_matmul, matmul_dtype
+from lit_phi2.types import IGNORE_INDEX
 
 LOGITS_BYTES = 64 * 2**20  # at most, of logits at one time, whatever the batch
-SLICES = {"cpu": 4096}  # tokens of the vocabulary at a time, at most, where a cache is to hold their logits
-ROWS = 32  # positions in the head's products are a multiple of it
+VOCAB_CHUNK = {"cpu": 4096}  # tokens of the vocabulary at a time, at most, where a cache is to hold their logits
+PAD_ROWS_TO = 32  # positions in the head's products are a multiple of it
 
 
 class Loss(NamedTuple):
@@ -26,14 +26,14 @@ class Loss(NamedTuple):
 
     Attributes:
         nats: scalar float32, summed cross-entropy over supervised tokens.
-        tokens: scalar int64, supervised tokens.
-        correct: scalar int64, supervised tokens whose logit is the largest; of equal ones the first, except with
+        num_tokens: scalar int64, supervised tokens.
+        num_correct: scalar int64, supervised tokens whose logit is the largest; of equal ones the first, except with
             gradients, where it is as good to be one of them.
     """
 
     nats: Tensor
-    tokens: Tensor
-    correct: Tensor
+    num_tokens: Tensor
+    num_correct: Tensor
 
 
 def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
@@ -53,7 +53,7 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
 
     >>> labels = torch.tensor([[IGNORE_INDEX, 2, 5]])
     >>> loss = causal_lm_loss(torch.zeros(1, 3, 4), labels, nn.Linear(4, 8, bias=False))
-    >>> round((loss.nats / loss.tokens).item(), 4), loss.tokens.item()  # uniform logits: ln 8, two tokens
+    >>> round((loss.nats / loss.num_tokens).item(), 4), loss.num_tokens.item()  # uniform logits: ln 8, two tokens
     (2.0794, 2)
     """
     if hidden.shape[:2] != labels.shape:
@@ -63,9 +63,9 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
     picked, targets = hidden[:, :-1][supervised], targets[supervised]
     if not len(targets):
         zero = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        return Loss(nats=hidden.float().sum() * 0.0, tokens=zero, correct=zero)
+        return Loss(nats=hidden.float().sum() * 0.0, num_tokens=zero, num_correct=zero)
     if isinstance(head, nn.Linear) and not any(parameter.requires_grad for parameter in head.parameters()):
-        nats, correct = _HeadLoss.apply(picked, head.weight, head.bias, targets)
+        nats, correct = _ChunkedCrossEntropy.apply(picked, head.weight, head.bias, targets)
         return Loss(nats, supervised.sum(), correct)
     logits = head(picked)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -73,7 +73,7 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
     return Loss(nats, supervised.sum(), (logits.detach().argmax(-1) == targets).sum())
 
 
-class _HeadLoss(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a frozen head, a slice of the vocabulary at a time, so that logits take LOGITS_BYTES at most.
 
     The softmax is carried from slice to slice by its largest logit and its sum, as online softmax does (Milakov and
@@ -94,14 +94,14 @@ class _HeadLoss(torch.autograd.Function):
         best = torch.zeros_like(targets)
         # Of the other tokens: their weights, each times exp(its logit - largest).
         mixed = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
-        padded = F.pad(hidden.to(product_dtype(hidden)), (0, 0, 0, -num % ROWS))
+        padded = F.pad(hidden.to(matmul_dtype(hidden)), (0, 0, 0, -num % PAD_ROWS_TO))
         most = max(1, LOGITS_BYTES // (len(padded) * (exact.itemsize + padded.dtype.itemsize)))
-        most = min(most, SLICES.get(hidden.device.type, most))
+        most = min(most, VOCAB_CHUNK.get(hidden.device.type, most))
         width = -(-len(weight) // -(-len(weight) // most))  # slices of about the same width
         scores = hidden.new_empty(num * width, dtype=exact)
         for start in range(0, len(weight), width):
             part = weight[start : start + width]
-            product = times(padded, part.t())
+            product = frozen_matmul(padded, part.t())
             logits = scores[: num * len(part)].view(num, -1).copy_(product[:num])
             if bias is not None:
                 logits.add_(bias[start : start + width])
@@ -121,7 +121,7 @@ class _HeadLoss(torch.autograd.Function):
                 # Not the target's: where it is nearly sure, its share less one is small, and would drown in rounding.
                 terms.scatter_(1, place, terms.gather(1, place).masked_fill_(here, 0))
                 product[:num] = terms
-                mixed.mul_(shrink).add_(times(product, part)[:num])
+                mixed.mul_(shrink).add_(frozen_matmul(product, part)[:num])
             del product  # or two of them would be held at once
         nats = (largest + total.log() - at_target).sum()
         grad = None

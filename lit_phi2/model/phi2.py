@@ -10,13 +10,9 @@ none is computed.
 examples kept apart. transformers' own forward, with masks and cache, serves generation; tests hold the two together.
 """
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig, PhiForCausalLM
@@ -24,16 +20,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.phi.modeling_phi import (
     PhiAttention,
-    PhiRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
-from lit_phi2.base import Base
 from lit_phi2.errors import InputError
-from lit_phi2.model.attention import Layout, attend, example_layout
-from lit_phi2.model.elementwise import add_dropped, gelu
-from lit_phi2.model.products import FrozenLinear
+from lit_phi2.model.attention import PackedLayout, packed_attention, packed_layout
+from lit_phi2.model.kernels import dropout_add_residual, gelu
+from lit_phi2.model.linear import FrozenLinear
 
 
 class FusedPhiAttention(PhiAttention):
@@ -111,83 +105,7 @@ class FusedPhiForCausalLM(PhiForCausalLM):
                 layer.mlp.activation_fn = Gelu()
 
 
-def load_phi2(base: Base, dtype: torch.dtype) -> FusedPhiForCausalLM:
-    """The base on the CPU, in eval mode, its weights in dtype; nothing is downloaded here.
-
-    Tensor by tensor, so that no more of the files is in memory than the tensor being copied: a float16 Phi-2 of 5.6 GB
-    takes 5.6 GB in bfloat16 and never twice that.
-
-    Raises:
-        InputError: a weight is missing, left over, of another shape, or its file is damaged.
-    """
-    config = PhiConfig.from_pretrained(base.folder, local_files_only=True)
-    config.dtype = dtype
-    with torch.device("meta"):
-        model = FusedPhiForCausalLM(config)
-    nn.Module.to(model, dtype).to_empty(device="cpu")
-    model.model.rotary_emb = PhiRotaryEmbedding(config)  # its frequencies are computed, not saved
-    places = dict(_native_places(model))
-    faults: dict[str, list[str]] = {"missing keys": [], "mismatched keys": [], "unexpected keys": []}
-    missing = set(places)
-    try:
-        for name, weight in _read_weights(base.folder):
-            if name not in places:
-                faults["unexpected keys"].append(name)
-            elif weight.shape != places[name].shape:
-                faults["mismatched keys"].append(name)
-            else:
-                places[name].copy_(weight)
-            missing.discard(name)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"model.base: the weights in {base.folder} cannot be read ({error}). Get them anew."
-        ) from error
-    faults["missing keys"] = sorted(missing)
-    for kind, names in faults.items():
-        if names:
-            raise InputError(
-                f"model.base: the weights in {base.folder} do not fit its config.json: {kind}, the first of "
-                f"{len(names)} is {min(names)}. Get them anew."
-            )
-    return model.eval()
-
-
-def _native_places(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Each weight of the ordinary Phi and the memory that it goes to: the rows of Wqkv are q's, then k's, then v's."""
-    for name, parameter in model.named_parameters():
-        if ".Wqkv." not in name:
-            yield name, parameter.data
-            continue
-        for projection, rows in zip("qkv", parameter.data.chunk(3), strict=True):
-            yield name.replace(".Wqkv.", f".{projection}_proj."), rows
-
-
-def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint, one after another, each mapped to its file until it is let go."""
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    for shard in shards:
-        with safe_open(folder / shard, "pt") as file:
-            names = list(file.keys())
-        for name in names:  # opened anew for each: what was read stays in memory until the file is closed
-            with safe_open(folder / shard, "pt") as file:
-                yield name, file.get_tensor(name)
-
-
-def linear_layers(base: Base) -> dict[str, int]:
-    """The names of the linear layers of a block, and how many blocks have each, without loading the base.
-
-    Block by block, so that a target can be asked to match equally many per layer.
-    """
-    with torch.device("meta"):
-        blocks = FusedPhiForCausalLM(PhiConfig.from_pretrained(base.folder, local_files_only=True)).model.layers
-    names = [name.rpartition(".")[2] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
-    return {name: names.count(name) for name in names}
-
-
-def hidden_states(
+def packed_forward(
     model: FusedPhiForCausalLM, input_ids: Tensor, position_ids: Tensor, *, activation_checkpointing: bool = False
 ) -> Tensor:
     """What the head reads, (B, T, D), with the examples of every row kept apart.
@@ -199,7 +117,7 @@ def hidden_states(
         activation_checkpointing: keep the input of each block alone, and work the block out again in backward.
     """
     phi = model.model
-    layout = example_layout(position_ids)
+    layout = packed_layout(position_ids)
     hidden = phi.embed_dropout(phi.embed_tokens(input_ids.flatten()))
     cos, sin = phi.rotary_emb(hidden, position_ids.flatten()[None])
     half = cos.shape[-1] // 2  # transformers holds each angle twice
@@ -212,13 +130,13 @@ def hidden_states(
     return phi.final_layernorm(hidden).view(*input_ids.shape, -1)
 
 
-def _block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+def _block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
     """A block of Phi, (N, D) -> (N, D): attention and MLP side by side, both reading the same normed input."""
     attention, mlp = layer.self_attn, layer.mlp
     normed = layer.input_layernorm(hidden)
     qkv = attention.Wqkv(normed).view(len(hidden), 3, -1, attention.head_dim)
     of_weights, of_sums = (attention.attention_dropout, layer.resid_dropout.p) if layer.training else (0.0, 0.0)
-    mixed = attend(qkv, cos, sin, layout, scaling=attention.scaling, dropout=of_weights)
+    mixed = packed_attention(qkv, cos, sin, layout, scaling=attention.scaling, dropout=of_weights)
     attended = attention.dense(mixed.flatten(1))
     thought = mlp.fc2(mlp.activation_fn(mlp.fc1(normed)))
-    return add_dropped(hidden, attended, thought, dropout=of_sums)
+    return dropout_add_residual(hidden, attended, thought, dropout=of_sums)

@@ -1,0 +1,1 @@
+"""An adapter as a value, on disk in PEFT form, and inside a checkpoint."""

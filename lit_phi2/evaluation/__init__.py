@@ -1,0 +1,1 @@
+"""How good completions are, compared with baselines."""

@@ -1,0 +1,1 @@
+"""The LightningModule, the Trainer and what a run shows and keeps."""

@@ -1,0 +1,82 @@
+"""How tests run the real thing: a Trainer on records, in float32 on the CPU, and what it leaves behind."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lit_phi2.data.datamodule import ClaimsDataModule
+from lit_phi2.model.lora import adapter_state_dict, trainable_parameters
+from lit_phi2.training.module import LitPhi2
+from lit_phi2.training.trainer import Trainer
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def new_module(base: Path, *, dropout: bool = False, **settings: Any) -> LitPhi2:
+    """A LitPhi2 whose B is not zero, so that A has a gradient; without any dropout unless asked for."""
+    settings = {"dtype": "float32", "max_new_tokens": 8, "lora_r": 4, "lora_alpha": 8, "warmup_ratio": 0.0} | settings
+    module = LitPhi2(base=str(base), **settings)
+    module.configure_model()
+    fill_lora_b(module)
+    if not dropout:
+        for layer in module.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+    return module
+
+
+def fill_lora_b(module: LitPhi2, seed: int = 1) -> None:
+    assert module.phi is not None
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(module.phi).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def new_data(base: Path, train: Path, **settings: Any) -> ClaimsDataModule:
+    settings = {"val_files": str(train), "predict_files": str(train), "max_length": 128, "max_new_tokens": 8} | settings
+    return ClaimsDataModule(train_files=str(train), base=str(base), **settings)
+
+
+def new_trainer(folder: Path, callbacks: Sequence[Callback] = (), *, keep: bool = False, **settings: Any) -> Trainer:
+    """A Trainer as the CLI makes it; keep: with checkpoints, adapter and curves."""
+    defaults = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    trainer = Trainer(callbacks=list(callbacks), **(defaults | QUIET | settings))
+    trainer.enable_tensorboard = trainer.enable_checkpoints = keep
+    trainer.enable_progress = False
+    return trainer
+
+
+class Gradients(Callback):
+    """Keeps the gradients of every optimizer step, before clipping, and the learning rate and weights after it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LitPhi2, optimizer: Any) -> None:
+        assert pl_module.phi is not None
+        parameters = trainable_parameters(pl_module.phi)
+        self.steps.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+
+
+def weights_of(module: LitPhi2) -> dict[str, Tensor]:
+    assert module.phi is not None
+    return adapter_state_dict(module.phi)
+
+
+def relative_difference(got: Tensor, expected: Tensor) -> float:
+    """In norm: single float32 elements move by 2e-3 with the order of summation, whole tensors by 1e-6."""
+    return ((got - expected).norm() / expected.norm()).item()

@@ -1,0 +1,128 @@
+"""The faults of the notebook that people copy today, each provably absent here."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import new_data, new_module, new_trainer, weights_of
+from lit_phi2.cli.main import main
+from lit_phi2.errors import InputError
+from lit_phi2.model.device import choose_dtype
+from lit_phi2.types import IGNORE_INDEX
+
+Records = list[dict[str, str]]
+
+
+@pytest.fixture
+def train_file(write_jsonl: Callable[..., Path], some_records: Records) -> Path:
+    return write_jsonl(some_records)
+
+
+def test_prompt_tokens_are_not_in_the_loss(phi_dir: Path, train_file: Path, some_records: Records) -> None:
+    """Reference: the labels that are left, decoded, are the responses and nothing else."""
+    data = new_data(phi_dir, train_file)
+    data.setup("fit")
+    module = new_module(phi_dir)
+    for index, record in enumerate(some_records):
+        batch = data._collate("train")(plan_of_one(index))
+        supervised = batch.labels[0] != IGNORE_INDEX
+        assert data.tokenizer.decode(batch.labels[0][supervised]) == record["response"] + "<|endoftext|>"
+        assert module.loss(batch).tokens == supervised.sum()
+
+
+def plan_of_one(index: int) -> object:
+    from lit_phi2.data.schedule import MicroBatch
+
+    return MicroBatch(((index,),), share=1.0, seed=0)
+
+
+def test_the_end_token_is_learned(phi_dir: Path, train_file: Path) -> None:
+    """pad = end and masking by id hid it. Here it has a gradient: the head's bias of the end token is pushed up."""
+    data = new_data(phi_dir, train_file)
+    data.setup("fit")
+    module = new_module(phi_dir)
+    bias = module.fused_phi.lm_head.bias.requires_grad_()
+    batch = data._collate("train")(plan_of_one(0))
+    module.loss(batch).nats.backward()
+    assert batch.labels[0, -1] == module.eos_token_id
+    assert bias.grad[module.eos_token_id] < 0
+
+
+def test_wqkv_is_adapted_and_not_only_fc1_and_fc2(phi_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    module = new_module(phi_dir)
+    before = weights_of(module)
+    new_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, new_data(phi_dir, train_file))
+    for target in ("Wqkv", "fc1", "fc2"):
+        moved = [name for name, weight in weights_of(module).items() if not torch.equal(weight, before[name])]
+        assert sum(f".{target}." in name for name in moved) == 2 * 2, "A and B in both layers"
+
+
+def test_neither_float16_nor_float32_where_bfloat16_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16
+    with pytest.raises(InputError, match="float16 is refused"):
+        choose_dtype("float16", torch.device("cpu"))
+
+
+def test_the_adapter_is_saved(phi_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    module = new_module(phi_dir)
+    new_trainer(tmp_path, keep=True, max_steps=2).fit(module, new_data(phi_dir, train_file))
+    saved = load_file(tmp_path / "run" / "version_0" / "adapter" / "adapter_model.safetensors")
+    b = [weight for name, weight in saved.items() if "lora_B" in name]
+    assert len(b) == 2 * 5, "q, k, v, fc1 and fc2 in both layers"
+    assert all(weight.any() for weight in b)
+
+
+def test_there_is_a_validation_before_and_after_training(phi_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    losses: list[float] = []
+    module = new_module(phi_dir)
+    module.log_scalars = lambda curves, step=None: losses.extend(
+        value for name, value in curves.items() if name == "val/loss"
+    )
+    new_trainer(tmp_path, max_epochs=3, num_sanity_val_steps=-1).fit(
+        module, new_data(phi_dir, train_file, max_length=128)
+    )
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+
+
+def test_the_length_of_an_answer_does_not_count_the_prompt(phi_dir: Path) -> None:
+    module = new_module(phi_dir)
+    with torch.no_grad():
+        module.fused_phi.lm_head.bias[module.eos_token_id] = -1e4  # never stops by itself
+    shorten, long = module.generate([[5, 6], list(range(5, 105))])
+    assert len(shorten.ids) == len(long.ids) == module.max_new_tokens
+
+
+def test_a_prediction_does_not_echo_the_prompt(
+    phi_dir: Path, train_file: Path, tmp_path: Path, some_records: Records
+) -> None:
+    output = tmp_path / "predictions.jsonl"
+    arguments = ["predict", "--model.base", str(phi_dir), "--model.max_new_tokens", "8", "--output", str(output)]
+    assert main([*arguments, "--data.predict_files", str(train_file), "--trainer.accelerator", "cpu"]) == 0
+    predictions = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(predictions) == len(some_records)
+    assert not any("###" in row["completion"] or row["instruction"] in row["completion"] for row in predictions)
+
+
+def test_figures_cover_every_token_of_every_reference(
+    phi_dir: Path, train_file: Path, tmp_path: Path, some_records: Records
+) -> None:
+    """An empty reference is refused, and the weights of the mean are all the tokens of the others."""
+    data = new_data(phi_dir, train_file, test_files=str(train_file))
+    module = new_module(phi_dir)
+    weights: list[float] = []
+    update = module.sums["tokens"].update
+    module.sums["tokens"].update = lambda value: weights.append(float(value)) or update(value)
+    new_trainer(tmp_path).test(module, data)
+    references = [data.tokenizer(record["response"])["input_ids"] for record in some_records]
+    assert sum(weights) == sum(len(reference) + 1 for reference in references)
+
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"instruction": "Why?", "response": ""}) + "\n")
+    with pytest.raises(InputError, match="'response' is empty"):
+        new_trainer(tmp_path).test(module, new_data(phi_dir, train_file, test_files=str(empty)))

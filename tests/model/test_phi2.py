@@ -1,0 +1,118 @@
+"""The fused Wqkv: moved weights, nothing computed, and the native Phi left alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PhiConfig, PhiForCausalLM
+
+from lit_phi2.errors import InputError
+from lit_phi2.model.loading import linear_layers, load_phi2
+from lit_phi2.model.phi2 import FusedPhiForCausalLM
+from lit_phi2.pretrained import BaseModel, load_tokenizer, resolve_base_model
+
+
+def test_wqkv_holds_the_rows_of_q_then_k_then_v(phi_dir: Path, base: BaseModel) -> None:
+    """Reference: the native class on the same files; bit for bit."""
+    native = PhiForCausalLM.from_pretrained(phi_dir, dtype=torch.float32)
+    fused = load_phi2(base, torch.float32)
+    for old, new in zip(native.model.layers, fused.model.layers, strict=True):
+        attention = old.self_attn
+        for part in ("weight", "bias"):
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            expected = torch.cat([getattr(projection, part) for projection in projections])
+            assert torch.equal(getattr(new.self_attn.Wqkv, part), expected)
+    assert fused.num_parameters() == native.num_parameters()
+
+
+def test_a_checkpoint_in_shards_and_float16_loads_as_one_in_a_single_file(
+    phi_dir: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    """Phi-2 itself comes in two shards of float16; the tolerance is the rounding to float16 of weights below 1."""
+    native = PhiForCausalLM.from_pretrained(phi_dir, dtype=torch.float16)
+    native.save_pretrained(tmp_path, max_shard_size="300KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((phi_dir / name).read_bytes())
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    sharded = load_phi2(resolve_base_model(str(tmp_path)), torch.float32)
+    for name, parameter in load_phi2(base, torch.float32).named_parameters():
+        torch.testing.assert_close(sharded.get_parameter(name), parameter, rtol=2**-11, atol=1e-7)
+
+
+def test_the_linear_layers_of_a_block_are_known_without_loading(base: BaseModel) -> None:
+    assert linear_layers(base) == {"Wqkv": 2, "dense": 2, "fc1": 2, "fc2": 2}
+
+
+def test_grouped_keys_are_refused(phi_dir: Path) -> None:
+    config = PhiConfig.from_pretrained(phi_dir)
+    config.num_key_value_heads = 2
+    with pytest.raises(InputError, match="as many key as query heads"):
+        FusedPhiForCausalLM(config)
+
+
+def test_the_packaged_tiny_phi_is_a_native_phi_with_an_end_token_and_no_pad_token() -> None:
+    tiny = resolve_base_model("tiny")
+    model = PhiForCausalLM.from_pretrained(tiny.folder)
+    tokenizer = load_tokenizer(tiny)
+    assert 5_000_000 <= model.num_parameters() <= 10_000_000
+    assert sum(path.stat().st_size for path in tiny.folder.iterdir()) < 20_000_000
+    assert model.config.max_position_embeddings >= 1024
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+    assert tokenizer.pad_token is None
+    text = "Claim 4417: naïve, £9 €8\n\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_another_base_has_another_digest_and_a_copy_the_same(base: BaseModel, phi_dir: Path, tmp_path: Path) -> None:
+    for path in phi_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert resolve_base_model(str(tmp_path)).digest == base.digest
+    model = PhiForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.25)
+    model.save_pretrained(tmp_path)
+    assert resolve_base_model(str(tmp_path)).digest != base.digest
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "'llama' model"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"no \*.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+    ],
+)
+def test_a_folder_that_is_no_phi_is_refused_with_what_it_lacks(
+    spoil: object, told: str, phi_dir: Path, tmp_path: Path
+) -> None:
+    for path in phi_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(InputError, match=told):
+        resolve_base_model(str(tmp_path))
+
+
+def test_a_gap_in_the_weights_is_refused_and_not_filled_with_random_numbers(phi_dir: Path, tmp_path: Path) -> None:
+    for path in phi_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.fc1.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"missing keys, the first of 1 is model\.layers\.1\.mlp\.fc1\.weight"):
+        load_phi2(resolve_base_model(str(tmp_path)), torch.float32)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_phi2(resolve_base_model(str(tmp_path)), torch.float32)
+
+
+def test_a_missing_shard_is_named(phi_dir: Path, tmp_path: Path) -> None:
+    PhiForCausalLM.from_pretrained(phi_dir).save_pretrained(tmp_path, max_shard_size="300KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((phi_dir / name).read_bytes())
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(InputError, match=f"lacks {shard.name}"):
+        resolve_base_model(str(tmp_path))

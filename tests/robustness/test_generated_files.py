@@ -1,0 +1,232 @@
+"""Whatever stands in a file of records: never a traceback, never a hang, and every line accepted or told by its place.
+
+The files are made by hypothesis from a fixed seed: lines that are right, wrong or torn, in many encodings and formats.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from helpers import new_data
+from lit_phi2.cli.main import main
+from lit_phi2.data.datamodule import ClaimsDataModule
+from lit_phi2.errors import InputError
+
+FILES = 220
+SLOWEST = 20.0  # seconds, of any file; most take a tenth of one
+
+text = st.text(max_size=12)
+value = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), text, st.lists(text, max_size=2))
+good = st.builds(
+    lambda a, b: {"instruction": "Why " + a, "response": "So " + b}, *[st.sampled_from(["x", "y z", "é"])] * 2
+)
+mixed = st.fixed_dictionaries({}, optional=dict.fromkeys(("id", "instruction", "input", "response", "x"), value))
+objects = st.one_of(good, good, mixed).map(lambda row: json.dumps(row).encode())
+wrecks = st.sampled_from(
+    [
+        b'{"instruction": "cut',
+        b'{"instruction": "a", "instruction": "b", "response": "c"}',
+        b"\x00\x00\x00",
+        b'{"instruction": "nul \x00", "response": "b"}',
+        b'{"instruction": "escape \\u001b[2J", "response": "\\u202e"}',
+        b'{"instruction": "half \\ud800", "response": "b"}',
+        b"[" * 3000 + b"]" * 3000,
+        b'{"response": ' + b'{"a": ' * 2000 + b"1" + b"}" * 2001,
+        '{"instruction": "é", "response": "b"}'.encode("latin-1"),
+        '{"instruction": "a", "response": "b"}'.encode("utf-16"),
+        b"instruction,response",
+        b'"a","b"',
+        b'"never closed',
+        b"null",
+        b"1e999",
+        b"\xff\xfe",
+        b"### Response:",
+    ]
+)
+lines = st.lists(st.one_of(objects, objects, wrecks, st.binary(max_size=20)), min_size=0, max_size=6)
+endings = st.sampled_from([b"\n", b"\r\n"])
+names = st.sampled_from(["f.jsonl", "f.jsonl", "f.jsonl", "f.json", "f.csv", "f.parquet", "f.txt"])
+
+
+def write_file(folder: Path, name: str, parts: list[bytes], ending: bytes, last: bool) -> Path:
+    content = ending.join(parts) + (ending if last else b"")
+    if name == "f.json":
+        content = b"[" + b",".join(parts) + b"]"
+    path = folder / name
+    if name == "f.parquet" and len(parts) % 2:  # a real one, of whatever types
+        texts = [part.decode("latin-1") for part in parts]
+        columns: dict[str, Any] = {"instruction": texts, "response": texts[::-1], "id": [None] * len(texts)}
+        if len(parts) == 5:
+            columns["response"] = list(range(5))
+        parquet.write_table(pyarrow.table(columns), path)
+        return path
+    path.write_bytes(content)
+    return path
+
+
+def ends_well(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code 0 or 2, no traceback, not too slow, nothing that could act on a terminal."""
+    capsys.readouterr()
+    started = time.monotonic()
+    code = main(arguments)
+    assert time.monotonic() - started < SLOWEST
+    shown = "".join(capsys.readouterr())
+    assert code in (0, 2), shown
+    assert "Traceback" not in shown
+    assert len(shown) < 20_000
+    assert not [c for c in shown if not c.isprintable() and c not in "\n\t\r"]
+    return code, shown
+
+
+def common(base: Path, folder: Path) -> list[str]:
+    given_ = {
+        "model.base": base,
+        "model.max_new_tokens": 2,
+        "data.max_length": 128,
+        "trainer.default_root_dir": folder / "runs",
+        "trainer.max_steps": 1,
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_checkpointing": "false",
+        "trainer.enable_progress_bar": "false",
+        "trainer.logger": "false",
+    }
+    return [f"--{key}={value}" for key, value in given_.items()]
+
+
+def test_generated_files_end_in_a_result_or_a_plain_message(
+    phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LIT_PHI2_TRACEBACK", raising=False)
+    tried: dict[int, int] = {}
+    fixed = common(phi_dir, tmp_path)
+
+    @seed(0)
+    @settings(
+        max_examples=FILES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(name=names, parts=lines, ending=endings, last=st.booleans())
+    def check(name: str, parts: list[bytes], ending: bytes, last: bool) -> None:
+        path = write_file(tmp_path, name, parts, ending, last)
+        train = [*fixed, f"--data.train_files={path}", f"--data.val_files={path}"]
+        policy = "error" if len(parts) % 2 else "skip"
+        code, _ = ends_well(["inspect", *train, f"--data.on_bad_record={policy}"], capsys)
+        tried[code] = tried.get(code, 0) + 1
+        if sum(tried.values()) % 12 == 0:  # a step of training costs a second
+            ends_well(["fit", *train, "--data.on_bad_record=skip"], capsys)
+            answers = [f"--data.predict_files={path}", f"--output={tmp_path / 'out.jsonl'}"]
+            ends_well(["predict", *fixed, *answers, "--data.on_bad_record=skip"], capsys)
+        if name == "f.jsonl":
+            every_line_is_accounted_for(path, phi_dir)
+
+    check()
+    assert sum(tried.values()) >= FILES
+    assert min(tried[0], tried[2]) > 20, "both files that can be used and files that cannot"
+
+
+def every_line_is_accounted_for(path: Path, base: Path) -> None:
+    expected = [n for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    data: ClaimsDataModule = new_data(base, path, on_bad_record="skip")
+    told = ""
+    try:
+        data.setup("validate")
+    except InputError as error:
+        told = str(error)
+    if told:
+        found = re.search(r"none of the (\d+) records", told)
+        assert int(found[1]) == len(expected) if found else "is empty" in told
+        return
+    split = data.splits["val"]
+    places = [record.location for record in split.records] + [fault.location for fault in split.left_out]
+    assert sorted(int(place.rpartition(":")[2]) for place in places) == expected
+    assert all(place.startswith(f"{path}:") for place in places)
+
+
+def a_directory(folder: Path) -> Path:
+    (folder / "d.jsonl").mkdir()
+    return folder / "d.jsonl"
+
+
+def a_circle(folder: Path) -> Path:
+    os.symlink(folder / "b.jsonl", folder / "a.jsonl")
+    os.symlink(folder / "a.jsonl", folder / "b.jsonl")
+    return folder / "a.jsonl"
+
+
+def a_pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "p.jsonl")
+    return folder / "p.jsonl"
+
+
+def an_empty_parquet(folder: Path) -> Path:
+    parquet.write_table(pyarrow.table({"instruction": [], "response": []}), folder / "e.parquet")
+    return folder / "e.parquet"
+
+
+def a_truncated_parquet(folder: Path) -> Path:
+    path = folder / "t.parquet"
+    parquet.write_table(pyarrow.table({"instruction": ["a"] * 99, "response": ["b"] * 99}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    return path
+
+
+def columns_that_stand_twice(folder: Path) -> Path:
+    (folder / "c.csv").write_text("instruction,response,response\na,b,c\n")
+    return folder / "c.csv"
+
+
+def wrong_columns(folder: Path) -> Path:
+    (folder / "w.csv").write_text("question,answer\na,b\n")
+    return folder / "w.csv"
+
+
+def a_line_of_fifty_megabytes(folder: Path) -> Path:
+    path = folder / "l.jsonl"
+    path.write_text(json.dumps({"instruction": "a", "input": "word " * 10_000_000, "response": "b"}) + "\n")
+    return path
+
+
+def a_name_of_five_megabytes(folder: Path) -> Path:
+    path = folder / "n.jsonl"
+    path.write_text(json.dumps({"name " * 1_000_000: 1, "id": "x" * 5_000_000}) + "\n")
+    return path
+
+
+ODD: list[Callable[[Path], Path]] = [
+    a_directory,
+    a_circle,
+    a_pipe,
+    an_empty_parquet,
+    a_truncated_parquet,
+    columns_that_stand_twice,
+    wrong_columns,
+    a_line_of_fifty_megabytes,
+    a_name_of_five_megabytes,
+]
+
+
+@pytest.mark.parametrize("make", ODD)
+def test_odd_things_in_place_of_a_file_are_told(
+    make: Callable[[Path], Path], phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make(tmp_path)
+    fixed = common(phi_dir, tmp_path)
+    for command, use in (("inspect", "train"), ("fit", "train"), ("predict", "predict")):
+        more = [f"--data.val_files={path}"] if use == "train" else [f"--output={tmp_path / 'out.jsonl'}"]
+        code, said = ends_well([command, *fixed, f"--data.{use}_files={path}", *more], capsys)
+        assert code == (0 if make is a_line_of_fifty_megabytes else 2), said
+        if code == 2:
+            assert str(path) in said
