@@ -1,4 +1,4 @@
-"""python -m lit_phi2"""
+"""Run the command line: python -m lit_phi2."""
 
 import sys
 

@@ -1,24 +1,32 @@
-"""Errors that end a run, each with the exit code that a shell sees.
+"""Errors that end a run, each with its exit code.
 
-Whoever reads one of these can act on it, so the command line prints the message alone. Anything else is a
-fault of ours and shows its traceback.
+    2           InputError       config, arguments or data must change
+    1           NonFiniteError   a loss or a gradient norm is NaN or infinite
+    130, 143    RunInterrupted   Ctrl-C or SIGTERM, after saving
+
+The reader can act on the message of each, so the command line prints that message without a traceback.
 """
 
 
 class InputError(ValueError):
-    """A fault in config, arguments or data: where, what was found, what was expected, what to change."""
+    """Config, arguments or data cannot be used: where, what was found, what was expected, what to change."""
 
     exit_code = 2
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient norm that is NaN or infinite; raised before the optimizer step is taken."""
+    """A loss or a gradient norm is NaN or infinite; raised before the optimizer step is taken."""
 
     exit_code = 1
 
 
-class RunInterrupted(Exception):  # noqa: N818  not an error: the run was asked to stop and has saved what it had
-    """The run was stopped by a signal, after saving."""
+class RunInterrupted(Exception):  # noqa: N818  not an error: a signal stopped the run, and its state is saved
+    """A signal stopped the run after its state was saved.
+
+    Args:
+        message: what was saved and how to continue.
+        signal_number: the exit code is 128 plus this number, as in a shell.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

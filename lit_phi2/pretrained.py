@@ -1,10 +1,10 @@
-"""The base: from the name in a config to a folder on disk, its tokenizer and its identity.
+"""Pretrained: from the name of a base in a config to its folder on disk, its tokenizer and its fingerprint.
 
     tiny             the packaged tiny Phi
-    a folder         anything in Hugging Face form: config.json, *.safetensors, tokenizer.json
-    owner/name       on the hub, downloaded once into the hub's own cache; the only download there is
+    a folder         any Phi in Hugging Face form: config.json, *.safetensors, tokenizer.json
+    owner/name       on the hub, downloaded once into the hub's own cache; the only download of a run
 
-Only safetensors are read, and no code that comes with a model is ever run.
+Only safetensors are read, and code that comes with a model is never run.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from lit_phi2.errors import InputError
 
 TINY_PHI_DIR = Path(__file__).parent / "assets" / "tiny-phi"
 _HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.json"]
+_INDEX_FILE = "model.safetensors.index.json"
 
 _HOW_TO_GET_PHI2 = (
     "For the real Phi-2 (5.6 GB, MIT licence) run\n"
@@ -37,7 +38,7 @@ class BaseModel:
         name: as the config gives it, a folder made absolute; enough to load it again.
         folder: where its files are.
         revision: the commit on the hub; empty for a folder.
-        digest: of its config, weight index and a sample of its weights; tells two bases apart without reading
+        digest: of its config, weight index and a sample of its weights; distinguishes two bases without reading
             gigabytes.
     """
 
@@ -46,16 +47,16 @@ class BaseModel:
     revision: str
     digest: str
 
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint keeps to recognise the base."""
+    def fingerprint(self) -> dict[str, str]:
+        """What a checkpoint stores to recognise the base."""
         return {"base": self.name, "base_revision": self.revision, "base_digest": self.digest}
 
 
 def resolve_base_model(name: str) -> BaseModel:
-    """The base that a config names, downloaded if it is on the hub and not yet here.
+    """Find the base that a config names; download it if it is on the hub and not in the hub's cache.
 
     Raises:
-        InputError: no such base, no network to fetch it, or the folder does not hold a Phi.
+        InputError: there is no such base, no network to download it, or the folder holds no Phi.
     """
     if name == "tiny":
         folder, revision = TINY_PHI_DIR, ""
@@ -74,32 +75,32 @@ def resolve_base_model(name: str) -> BaseModel:
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The base's tokenizer.
+    """Load the base's tokenizer.
 
     Raises:
-        InputError: it has no end token, so an answer could not be taught to stop.
+        InputError: it has no EOS token, so the model could not learn to stop.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model.base: the tokenizer in {base.folder} has no end token (eos_token).")
+        raise InputError(f"model.base: the tokenizer in {base.folder} has no EOS token (eos_token).")
     return tokenizer
 
 
 def read_model_config(base: BaseModel) -> dict[str, Any]:
-    """The base's config.json."""
+    """Read the base's config.json."""
     config: dict[str, Any] = json.loads((base.folder / "config.json").read_text("utf-8"))
     return config
 
 
 def _download(name: str) -> Path:
-    # Imported here: a run on a local base never touches the hub client.
+    # Imported here, so that a run on a local base never loads the hub client.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
     except LocalEntryNotFoundError:
-        pass  # not here yet
+        pass  # not in the cache
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -122,19 +123,19 @@ def _check_is_phi(name: str, folder: Path) -> None:
     if model_type != "phi":
         raise InputError(f"model.base: {name!r} is a {model_type!r} model; expected 'phi', as Phi-2 is.")
     if not list(folder.glob("*.safetensors")):
-        raise InputError(f"model.base: {folder} holds no *.safetensors file; other formats are not read.")
-    index = folder / "model.safetensors.index.json"
+        raise InputError(f"model.base: {folder} has no *.safetensors file; other formats are not supported.")
+    index = folder / _INDEX_FILE
     shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
     if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-        raise InputError(f"model.base: {folder} lacks {missing[0]}; was a download cut off? Get it anew.")
+        raise InputError(f"model.base: {folder} lacks {missing[0]}; the download may be incomplete. Download it again.")
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"model.base: {folder} has no tokenizer.json.")
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 over config, weight index, and each weight file's size and 1 MiB from its middle."""
+    """SHA-256 of the config, the weight index, and the size and the middle 1 MiB of each weight file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX_FILE
     if index.is_file():
         digest.update(index.read_bytes())
     for weights in sorted(folder.glob("*.safetensors")):

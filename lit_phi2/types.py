@@ -1,13 +1,13 @@
-"""The values that travel between the data and the model, and the legend of their axes.
+"""Types: the values that travel between data and model, and the legend of their axes.
 
-    B  rows in a batch      T  tokens in a row      D  width of the model      V  vocabulary
+    B  rows in a batch      T  tokens in a row      D  width of the model      V  size of the vocabulary
 
-    Example   one record as token ids: prompt, response, end token
+    Example   one record as token ids: prompt, response, EOS
     Row       the examples that share one line of a batch, as indices into the list of examples
-    Batch     rows as tensors, with their share in the loss of an optimizer step
+    Batch     rows as tensors, with their weight in the loss of an optimizer step
 
-Labels name their own token: `labels[t]` is `input_ids[t]` where it is supervised and IGNORE_INDEX elsewhere, as in
-transformers. The loss does the shift.
+Labels name their own token, as in transformers: `labels[t]` is `input_ids[t]` where it is supervised and IGNORE_INDEX
+elsewhere. The loss shifts them.
 """
 
 from dataclasses import dataclass, replace
@@ -15,25 +15,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Rows are as long as a multiple of so many tokens, so that there are few shapes: MPS keeps memory for each that it has
-# seen, and a CPU compiles the products of a new one for longer than they take.
-PAD_TO_MULTIPLE_OF = {"mps": 128, "cpu": 32}
-
 IGNORE_INDEX = -100  # the index that torch's cross_entropy skips by default
-
+# Rows are padded to a multiple of this many tokens, so that few shapes occur: MPS keeps memory for each new shape, and
+# a CPU compiles the matmuls of a new shape for longer than they take.
+PAD_TO_MULTIPLE_OF = {"mps": 128, "cpu": 32}
 
 Row = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A record after tokenizing.
+    """A record as token ids.
 
     Attributes:
         id: of the record.
-        ids: prompt, then response, then the end token; the prompt alone where there is nothing to learn (predict).
-        prompt_length: tokens of the prompt; the rest is supervised.
-        trimmed: whether the input section was shortened to make the example fit.
+        ids: prompt, response and EOS; the prompt alone where there is no response (predict).
+        prompt_length: tokens of the prompt; all others are supervised.
+        truncated: the input section was shortened to make the example fit.
     """
 
     id: str
@@ -43,6 +41,7 @@ class Example:
 
     @property
     def supervised_tokens(self) -> int:
+        """Tokens of the response, EOS included."""
         return len(self.ids) - self.prompt_length
 
 
@@ -52,13 +51,13 @@ class Batch:
 
     Attributes:
         input_ids: (B, T) int64; 0 at padding.
-        position_ids: (B, T) int64; restarts at every example, and where padding begins.
+        position_ids: (B, T) int64; restarts at every example and where padding begins.
         labels: (B, T) int64; IGNORE_INDEX at prompts and padding.
-        record_ids: the records in it, to name them when something is wrong.
-        num_tokens: of the records, without padding.
-        num_supervised: of them, those that are learned.
-        share: what summed nats are multiplied by, so that every supervised token of an optimizer step weighs the same.
-        seed: of the dropout of this micro-batch.
+        record_ids: ids of the records, to name them in an error.
+        num_tokens: tokens of the records, without padding.
+        supervised_tokens: those of them that are supervised.
+        loss_weight: factor of the summed nats, so that every supervised token of an optimizer step weighs the same.
+        seed: of the dropout in this micro-batch.
     """
 
     input_ids: Tensor
@@ -71,7 +70,7 @@ class Batch:
     seed: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch on another device; Lightning calls this."""
+        """The same batch on another device, padded to the multiple that suits it; Lightning calls this."""
         batch = pad_to_multiple(self, PAD_TO_MULTIPLE_OF.get(torch.device(device).type, 1))
         return replace(
             batch,
@@ -82,29 +81,29 @@ class Batch:
 
 
 def pad_to_multiple(batch: Batch, multiple: int) -> Batch:
-    """The same batch with rows as long as a multiple of so many tokens; what is added counts as one more example."""
-    rows, length = batch.input_ids.shape
-    added = -length % multiple
+    """The same batch, its rows padded to a multiple of this many tokens; the padding is one more example."""
+    num_rows, length = batch.input_ids.shape
+    num_added = -length % multiple
     return replace(
         batch,
-        input_ids=torch.cat([batch.input_ids, batch.input_ids.new_zeros(rows, added)], 1),
-        position_ids=torch.cat([batch.position_ids, torch.arange(added).expand(rows, added)], 1),
-        labels=torch.cat([batch.labels, batch.labels.new_full((rows, added), IGNORE_INDEX)], 1),
+        input_ids=torch.cat([batch.input_ids, batch.input_ids.new_zeros(num_rows, num_added)], 1),
+        position_ids=torch.cat([batch.position_ids, torch.arange(num_added).expand(num_rows, num_added)], 1),
+        labels=torch.cat([batch.labels, batch.labels.new_full((num_rows, num_added), IGNORE_INDEX)], 1),
     )
 
 
 @dataclass(slots=True)
 class PromptBatch:
-    """Prompts to answer.
+    """Prompts to complete.
 
     Attributes:
-        indices: where each stands in the input, so that answers can be written in its order.
-        prompts: token ids, one list a prompt; lengths differ.
+        indices: the place of each prompt in the input, so that completions can be written in its order.
+        prompts: token ids, one list per prompt; lengths differ.
     """
 
     indices: list[int]
     prompts: list[list[int]]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
-        """Itself: prompts become tensors where they are padded, in `generation.py`."""
+        """Itself: `generation/engine.py` makes the tensors where it pads the prompts. Lightning calls this."""
         return self

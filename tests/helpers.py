@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -13,11 +14,15 @@ from lit_phi2.model.lora import adapter_state_dict, trainable_parameters
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.trainer import Trainer
 
+ROOT = Path(__file__).parents[1]
+TINY_CONFIG = ROOT / "configs" / "tiny.yaml"
+DEVICES = [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("mps", marks=pytest.mark.mps)]
+
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def new_module(base: Path, *, dropout: bool = False, **settings: Any) -> LitPhi2:
-    """A LitPhi2 whose B is not zero, so that A has a gradient; without any dropout unless asked for."""
+    """A LitPhi2 whose B is not zero, so that A has a gradient. Dropout is off unless requested."""
     settings = {"dtype": "float32", "max_new_tokens": 8, "lora_r": 4, "lora_alpha": 8, "warmup_ratio": 0.0} | settings
     module = LitPhi2(base=str(base), **settings)
     module.configure_model()
@@ -44,7 +49,14 @@ def new_data(base: Path, train: Path, **settings: Any) -> ClaimsDataModule:
 
 
 def new_trainer(folder: Path, callbacks: Sequence[Callback] = (), *, keep: bool = False, **settings: Any) -> Trainer:
-    """A Trainer as the CLI makes it; keep: with checkpoints, adapter and curves."""
+    """A Trainer as the CLI makes it.
+
+    Args:
+        folder: trainer.default_root_dir.
+        callbacks: in addition to the Trainer's own.
+        keep: whether it writes checkpoints, adapter and curves.
+        settings: of the Trainer.
+    """
     defaults = {
         "default_root_dir": folder,
         "accelerator": "cpu",
@@ -61,7 +73,7 @@ def new_trainer(folder: Path, callbacks: Sequence[Callback] = (), *, keep: bool 
 
 
 class Gradients(Callback):
-    """Keeps the gradients of every optimizer step, before clipping, and the learning rate and weights after it."""
+    """Keeps the gradients of every optimizer step, before clipping."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
@@ -77,6 +89,6 @@ def weights_of(module: LitPhi2) -> dict[str, Tensor]:
     return adapter_state_dict(module.phi)
 
 
-def relative_difference(got: Tensor, expected: Tensor) -> float:
+def relative_difference(value: Tensor, expected: Tensor) -> float:
     """In norm: single float32 elements move by 2e-3 with the order of summation, whole tensors by 1e-6."""
-    return ((got - expected).norm() / expected.norm()).item()
+    return ((value - expected).norm() / expected.norm()).item()

@@ -1,4 +1,9 @@
-"""adapters/adapter.py."""
+"""Adapter: the value that training produces, and whether it can be used with a base.
+
+    base, settings, weights  ->  Adapter  ->  a checkpoint (checkpoint.py) or a folder in PEFT form (peft_format.py)
+
+Inside a run the weights name `Wqkv`; on disk in PEFT form they name q_proj, k_proj and v_proj.
+"""
 
 from dataclasses import dataclass
 
@@ -16,9 +21,9 @@ class Adapter:
 
     Attributes:
         weights: float32, by PEFT's names, with Wqkv fused.
-        shape: rank, alpha and targets.
-        base: base, base_revision and base_digest; the digest is empty where it is not known.
-        template_version: of the prompts it learned; 0 where it is not known.
+        settings: rank, alpha and targets.
+        base: base, base_revision and base_digest; the digest is empty where it is unknown.
+        template_version: of the prompts it was trained on; 0 where it is unknown.
     """
 
     weights: dict[str, Tensor]
@@ -27,16 +32,21 @@ class Adapter:
     template_version: int
 
 
+def make_adapter(base: BaseModel, settings: LoraSettings, weights: dict[str, Tensor]) -> Adapter:
+    """An adapter trained on this base with the present template."""
+    return Adapter(weights, settings, base.fingerprint(), TEMPLATE_VERSION)
+
+
 def check_adapter(adapter: Adapter, settings: LoraSettings, base: BaseModel, *, source: str) -> None:
-    """Refuse an adapter of another shape, base or template than the run's.
+    """Refuse an adapter whose settings, base or template differ from the run's.
 
     Raises:
         InputError: names the first difference, with both values.
     """
     for name in ("lora_r", "lora_alpha", "target_modules"):
-        found, expected = getattr(adapter.settings, name), getattr(settings, name)
-        if found != expected and (name != "target_modules" or set(found) != set(expected)):
-            raise InputError(f"{source}: has {name} {found}, but model.{name} is {expected}; make them equal.")
+        value, expected = getattr(adapter.settings, name), getattr(settings, name)
+        if value != expected and (name != "target_modules" or set(value) != set(expected)):
+            raise InputError(f"{source}: has {name} {value}, but model.{name} is {expected}; make them equal.")
     digest = adapter.base["base_digest"]
     if digest and digest != base.digest:
         raise InputError(
@@ -45,10 +55,6 @@ def check_adapter(adapter: Adapter, settings: LoraSettings, base: BaseModel, *, 
         )
     if adapter.template_version not in (0, TEMPLATE_VERSION):
         raise InputError(
-            f"{source}: learned prompts of template {adapter.template_version}; this lit_phi2 has {TEMPLATE_VERSION}."
+            f"{source}: was trained on prompts of template {adapter.template_version}; this lit_phi2 has "
+            f"{TEMPLATE_VERSION}."
         )
-
-
-def describe(base: BaseModel, settings: LoraSettings, weights: dict[str, Tensor]) -> Adapter:
-    """An adapter trained on this base, with today's template."""
-    return Adapter(weights, settings, base.identity(), TEMPLATE_VERSION)

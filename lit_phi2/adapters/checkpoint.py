@@ -1,4 +1,11 @@
-"""adapters/checkpoint.py."""
+"""Checkpoint: the adapter inside a .ckpt, and reading an adapter from wherever it is.
+
+    checkpoint["state_dict"]    the adapter's weights, and nothing of the base
+    checkpoint["lit_phi2"]      format_version, base, settings, template_version, the run's fingerprint
+    checkpoint["digest"]        of everything else
+
+It loads with `weights_only=True`: it contains plain values and tensors, and no code in it is run.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,37 +20,47 @@ from lit_phi2.errors import InputError
 from lit_phi2.model.lora import LoraSettings
 from lit_phi2.utils.files import tree_digest
 
+CHECKPOINT_FORMAT = 2  # raised when a key of checkpoint["lit_phi2"] changes its name or meaning
+
 
 def read_adapter(path: Path) -> Adapter:
-    """The adapter in a checkpoint (.ckpt) or in a folder in PEFT form.
+    """Read the adapter in a checkpoint (.ckpt) or in a folder in PEFT form.
 
     Raises:
-        InputError: not such a file or folder, damaged, or an adapter that the fused model cannot represent.
+        InputError: there is no such file or folder, it is damaged, or the fused model cannot represent the adapter.
     """
     return read_peft_folder(path) if path.is_dir() else read_checkpoint(path)[0]
 
 
 def read_checkpoint(path: Path) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter in a checkpoint, and the whole checkpoint; no code in it is run.
+    """Read the adapter in a checkpoint, and the whole checkpoint without its digest.
 
     Raises:
-        InputError: not a checkpoint of lit_phi2, or damaged.
+        InputError: the file is no checkpoint of lit_phi2, of another format, or damaged.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         expected = checkpoint.pop("digest")
-        adapter = adapter_from_state(checkpoint["lit_phi2"], checkpoint["state_dict"])
-        found = tree_digest(checkpoint)
+        digest = tree_digest(checkpoint)
+        state, weights = checkpoint["lit_phi2"], checkpoint["state_dict"]
+        format_version = state.get("format_version")
+        adapter = adapter_from_state(state, weights)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
-        raise InputError(f"{path}: is not a whole checkpoint of lit_phi2 ({type(error).__name__}).") from error
-    if found != expected:
-        raise InputError(f"{path}: is damaged: its digest is {found[:16]}, but {str(expected)[:16]} was written.")
+        raise InputError(f"{path}: is not a complete checkpoint of lit_phi2 ({type(error).__name__}).") from error
+    if digest != expected:
+        raise InputError(f"{path}: is damaged: its digest is {digest[:16]}, but {str(expected)[:16]} was written.")
+    if format_version != CHECKPOINT_FORMAT:
+        raise InputError(
+            f"{path}: is a checkpoint of another lit_phi2: its format is {format_version or 1}, this one reads "
+            f"{CHECKPOINT_FORMAT}. Train again, or start from the run's adapter folder with --model.adapter."
+        )
     return adapter, checkpoint
 
 
 def adapter_to_state(adapter: Adapter) -> dict[str, Any]:
-    """Everything of an adapter but its weights, as plain values."""
+    """Everything in an adapter except its weights, as plain values."""
     return {
+        "format_version": CHECKPOINT_FORMAT,
         **adapter.base,
         "lora_r": adapter.settings.lora_r,
         "lora_alpha": adapter.settings.lora_alpha,

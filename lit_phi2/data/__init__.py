@@ -1,1 +1,1 @@
-"""From files of records to batches; knows nothing of the model."""
+"""Records in files -> batches; independent of the model."""

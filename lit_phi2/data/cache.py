@@ -1,11 +1,12 @@
-"""Store: what became of the records of one use, in memory or, where their files are large, in Arrow on disk.
+"""Cache: the examples of large files, in Arrow on disk.
 
-    records -> examples  ->  lists                                             files of up to IN_MEMORY bytes
-                         ->  <cache_dir>/<key>/examples.arrow, metadata.json      above it
+    files of up to 64 MiB    ->  lists in memory, nothing on disk    splits.py
+    larger files             ->  <cache_dir>/<hash of the key>/      examples.arrow, metadata.json
 
-What is on disk is mapped, not read, so that memory holds the lengths alone, 8 bytes a record. It is written once: the
-key says of which state of which files, by which template, tokenizer and limits. It is written aside under a lock and
-renamed, so two runs that start at once make it once, and a kill leaves nothing that looks whole.
+Arrow files are memory-mapped, so memory holds only the lengths, 8 bytes per record. The key contains everything that
+decides the examples: the state of the files, template, tokenizer and limits. A cache is written under a lock into a
+folder `<hash>.new` and then renamed, so that two runs that start together write it once, and a kill leaves no folder
+that looks complete.
 """
 
 import fcntl
@@ -21,99 +22,155 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.data.prompts import TEMPLATE_VERSION
 from lit_phi2.data.records import Fact, InvalidRecord, Record
-from lit_phi2.data.splits import ExampleSource, Split, _SplitBuilder
+from lit_phi2.data.splits import ExampleSource, Split, SplitBuilder
 from lit_phi2.errors import InputError
 from lit_phi2.types import Example
-from lit_phi2.utils.files import atomic_write
+from lit_phi2.utils.files import atomic_write, tree_digest
 from lit_phi2.utils.sequences import Item, LazySequence, batched
 
 log = logging.getLogger(__name__)
 
-MAX_IN_MEMORY_BYTES = 64 * 2**20  # bytes of files; their examples take up to ten times as much
+MAX_IN_MEMORY_BYTES = 64 * 2**20  # size of the files; their examples take up to ten times as much memory
+CACHE_FORMAT = 2  # of the files below; part of the key
 
-FORMAT = 1  # of what is written here
+_BATCH_RECORDS = 1000  # records in an Arrow batch, which is the unit of a lookup
+_TEXT_COLUMNS = ("id", "instruction", "input", "response", "location", "category", "form")
 
-_BATCH = 1000  # examples in a batch of Arrow, which is what is looked up at a time
+
+def is_large(sources: list[str]) -> bool:
+    """Whether the files of the sources together exceed MAX_IN_MEMORY_BYTES; packaged and hub sources do not count."""
+    files = [Path(source).expanduser() for source in sources]
+    return sum(file.stat().st_size for file in files if file.is_file()) > MAX_IN_MEMORY_BYTES
 
 
-def load_or_build_cache(
-    sources: list[str], make: ExampleSource, *, skip: bool, cache_dir: Path, key: dict[str, Any]
-) -> Split:
-    """The examples from the cache; the first time, into it.
+def cache_key(sources: list[str], tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
+    """Everything that decides the examples.
 
     Args:
         sources: as named in the config.
-        make: gives the records as tokens.
-        skip: whether records that do not fit are left out, instead of being bad records.
-        cache_dir: holds the caches.
-        key: everything that decides what is in this one.
+        tokenizer: of the base.
+        options: fields, limits and hold-out, as values that JSON can hold.
+    """
+    return {
+        "format": CACHE_FORMAT,
+        "sources": sources,
+        "files": [_file_state(Path(source).expanduser()) for source in sources],
+        "template": TEMPLATE_VERSION,
+        "tokenizer": tree_digest([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]),
+        **options,
+    }
+
+
+def load_or_build_cache(
+    sources: list[str], source: ExampleSource, *, skip: bool, cache_dir: Path, key: dict[str, Any]
+) -> Split:
+    """The split from the cache; the first run writes it.
+
+    Args:
+        sources: as named in the config.
+        source: reads and encodes the records.
+        skip: whether overlong records are skipped; otherwise they are invalid.
+        cache_dir: contains the caches.
+        key: from `cache_key`.
 
     Raises:
-        InputError: what is there is damaged.
-        OSError: the disk is full, or may not be written.
+        InputError: the cache is damaged.
+        OSError: the disk is full or not writable.
     """
-    name = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir / name
+    names = ", ".join(sources)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_dir / digest
     if not folder.is_dir():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(cache_dir / f"{name}.lock", f"{', '.join(sources)}: another run tokenizes them; waiting for it"):
-            if not folder.is_dir():  # it is there if another run was faster
-                log.info("%s: large, so tokenized once, into %s", ", ".join(sources), folder)
-                _write(folder, _SplitBuilder(make, skip=skip), sources)
-    log.info("%s: the tokens are those in %s, %.1f GB", ", ".join(sources), folder, _size(folder) / 1e9)
+        with _locked(
+            cache_dir / f"{digest}.lock", f"{names}: waiting for another run that is tokenizing the same files"
+        ):
+            if not folder.is_dir():  # another run may have written it while this one waited
+                log.info("%s: large, so tokenized once, into %s", names, folder)
+                _write(folder, SplitBuilder(source, skip=skip), sources)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    log.info("%s: reading tokens from %s, %.1f GB", names, folder, size / 1e9)
     return _open(folder, sources)
 
 
-def _write(folder: Path, tally: _SplitBuilder, sources: list[str]) -> None:
-    aside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    aside.mkdir()
+def _file_state(file: Path) -> list[Any] | None:
+    """Values that change whenever the file changes; None for a source that is not a local file."""
+    if not file.is_file():
+        return None
+    stat = file.stat()
+    return [str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+@contextmanager
+def _locked(file: Path, waiting_message: str) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the system releases it however the process ends."""
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info(waiting_message)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# Writing
+
+
+def _write(folder: Path, builder: SplitBuilder, sources: list[str]) -> None:
+    tmp_folder = folder.with_name(folder.name + ".new")
+    shutil.rmtree(tmp_folder, ignore_errors=True)  # left by a run that was killed
+    tmp_folder.mkdir()
     try:
-        _write_examples(aside / "examples.arrow", tally)
-        split = tally.split(sources, [], [])
+        _write_examples(tmp_folder / "examples.arrow", builder)
+        split = builder.build(sources, [], [])
         metadata = {
             "sources": sources,
             "digest": split.digest,
-            "trimmed": split.truncated,
-            "bad": [asdict(fault) for fault in split.invalid],
-            "skipped": [asdict(fault) for fault in split.skipped],
+            "truncated": split.truncated,
+            "invalid": [asdict(record) for record in split.invalid],
+            "skipped": [asdict(record) for record in split.skipped],
         }
-        atomic_write(aside / "metadata.json", json.dumps(metadata) + "\n")
-        aside.replace(folder)
+        atomic_write(tmp_folder / "metadata.json", json.dumps(metadata) + "\n")
+        tmp_folder.replace(folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_folder, ignore_errors=True)
         raise
 
 
-def _write_examples(file: Path, tally: _SplitBuilder) -> None:
-    import pyarrow as pa  # type: ignore[import-untyped]  # slow to import, and most runs need none of it
+def _write_examples(file: Path, builder: SplitBuilder) -> None:
+    import pyarrow as pa  # type: ignore[import-untyped]  # slow to import, and most runs do not need it
 
-    text = pa.large_string()  # a batch may hold more than the 2 GB of an ordinary one
+    text = pa.large_string()  # string columns are limited to 2 GB in a batch
     schema = pa.schema(
-        [(name, text) for name in ("id", "instruction", "input", "response", "location", "category", "form", "facts")]
-        + [("prompt_length", pa.int32()), ("trimmed", pa.bool_()), ("ids", pa.large_list(pa.int32()))]
+        [(name, text) for name in (*_TEXT_COLUMNS, "facts")]
+        + [("prompt_length", pa.int32()), ("truncated", pa.bool_()), ("ids", pa.large_list(pa.int32()))]
     )
     try:
         with file.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in batched(tally, _BATCH):
-                rows = [
-                    {name: getattr(record, name) for name in schema.names[:7]}
-                    | {
-                        "facts": json.dumps([asdict(fact) for fact in record.facts]) if record.facts else "",
-                        "prompt_length": example.prompt_length,
-                        "trimmed": example.truncated,
-                        "ids": example.ids,
-                    }
-                    for record, example in batch
-                ]
+            for batch in batched(builder, _BATCH_RECORDS):
+                rows = [_to_row(record, example) for record, example in batch]
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
             writer.close()
             sink.flush()
             os.fsync(sink.fileno())
-    except OSError as error:  # it names the file, which has another name once it is whole
+    except OSError as error:  # name the folder: the file is in a temporary one
         raise OSError(error.errno, error.strerror, str(file.parent)) from error
+
+
+def _to_row(record: Record, example: Example) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in _TEXT_COLUMNS} | {
+        "facts": json.dumps([asdict(fact) for fact in record.facts]) if record.facts else "",
+        "prompt_length": example.prompt_length,
+        "truncated": example.truncated,
+        "ids": example.ids,
+    }
+
+
+# Reading
 
 
 def _open(folder: Path, sources: list[str]) -> Split:
@@ -121,29 +178,38 @@ def _open(folder: Path, sources: list[str]) -> Split:
 
     try:
         metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
-        batches = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
-        found = [batches.get_batch(number) for number in range(batches.num_record_batches)]
-        lengths = [np.diff(batch["ids"].offsets.to_numpy()).astype(np.int32) for batch in found]
-        prompts = [batch["prompt_length"].to_numpy() for batch in found]
-        faults = {name: [InvalidRecord(**fault) for fault in metadata[name]] for name in ("bad", "skipped")}
+        file = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
+        batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        lengths = [np.diff(batch["ids"].offsets.to_numpy()).astype(np.int32) for batch in batches]
+        prompt_lengths = [batch["prompt_length"].to_numpy() for batch in batches]
+        digest, truncated = metadata["digest"], metadata["truncated"]
+        invalid, skipped = ([InvalidRecord(**fields) for fields in metadata[name]] for name in ("invalid", "skipped"))
     except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's own errors are ValueErrors
-        raise InputError(f"data.cache_dir: {folder} is damaged ({error}). Remove it; it will be made anew.") from error
-    total = np.concatenate([np.zeros(0, np.int32), *lengths])
+        raise InputError(
+            f"data.cache_dir: {folder} is damaged ({error}). Delete it; the next run builds it again."
+        ) from error
+    num_tokens = np.concatenate([np.zeros(0, np.int32), *lengths])
     return Split(
         sources,
-        ArrowSequence(found, len(total), _example),
-        ArrowSequence(found, len(total), _record),
-        total,
-        total - np.concatenate([np.zeros(0, np.int32), *prompts]),
-        metadata["digest"],
-        metadata["trimmed"],
-        faults["bad"],
-        faults["skipped"],
+        ArrowSequence(batches, len(num_tokens), _read_example),
+        ArrowSequence(batches, len(num_tokens), _read_record),
+        num_tokens,
+        num_tokens - np.concatenate([np.zeros(0, np.int32), *prompt_lengths]),
+        digest,
+        truncated,
+        invalid,
+        skipped,
     )
 
 
 class ArrowSequence(LazySequence[Item]):
-    """Items made of rows of Arrow when they are asked for."""
+    """Items that are read from rows of Arrow batches when they are indexed.
+
+    Args:
+        batches: Arrow batches of _BATCH_RECORDS rows; the last may be shorter.
+        length: rows in all batches.
+        read: batch, row -> item.
+    """
 
     def __init__(self, batches: list[Any], length: int, read: Callable[[Any, int], Item]) -> None:
         self.batches = batches
@@ -153,33 +219,17 @@ class ArrowSequence(LazySequence[Item]):
     def __len__(self) -> int:
         return self.length
 
-    def make(self, index: int) -> Item:
-        batch, row = divmod(index, _BATCH)
+    def get(self, index: int) -> Item:
+        batch, row = divmod(index, _BATCH_RECORDS)
         return self.read(self.batches[batch], row)
 
 
-def _example(batch: Any, row: int) -> Example:
-    id_, length, truncated = (batch[name][row].as_py() for name in ("id", "prompt_length", "trimmed"))
-    return Example(id_, batch["ids"][row].values.to_numpy().tolist(), length, truncated)
+def _read_example(batch: Any, row: int) -> Example:
+    record_id, prompt_length, truncated = (batch[name][row].as_py() for name in ("id", "prompt_length", "truncated"))
+    return Example(record_id, batch["ids"][row].values.to_numpy().tolist(), prompt_length, truncated)
 
 
-def _record(batch: Any, row: int) -> Record:
-    texts = {name: batch[name][row].as_py() for name in batch.schema.names[:8]}
-    facts = tuple(Fact(**fact) for fact in json.loads(texts.pop("facts") or "[]"))
-    return Record(**texts, facts=facts)
-
-
-@contextmanager
-def _locked(file: Path, waiting: str) -> Iterator[None]:
-    """Alone among the processes that lock this file; the system lets go of it however a process ends."""
-    with file.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info(waiting)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+def _read_record(batch: Any, row: int) -> Record:
+    texts = {name: batch[name][row].as_py() for name in _TEXT_COLUMNS}
+    facts = json.loads(batch["facts"][row].as_py() or "[]")
+    return Record(**texts, facts=tuple(Fact(**fact) for fact in facts))

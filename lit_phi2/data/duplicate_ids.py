@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-Place = tuple[int, int, int]  # number of the source, line, column; the last is 0 where a line holds one record
+Position = tuple[int, int, int]  # number of the source, line, column; the last is 0 where a line holds one record
 
 
 class DuplicateIdIndex:
@@ -19,7 +19,7 @@ class DuplicateIdIndex:
         self.sources = sources
         self.runs: list[tuple[Any, Any]] = []  # hashes (n,), places (n, 3)
 
-    def add(self, ids: Sequence[str | None], places: Sequence[Place]) -> list[str | None]:
+    def add(self, ids: Sequence[str | None], places: Sequence[Position]) -> list[str | None]:
         """For each record the place where its id was used before, or None; then its own place is kept."""
         hashes = np.array([0 if id_ is None else hash(id_) for id_ in ids], np.int64)
         before = np.zeros((len(ids), 3), np.uint32)
@@ -30,7 +30,7 @@ class DuplicateIdIndex:
             known |= hit
             before[hit] = run_places[nearest[hit]]
         first: list[str | None] = [None] * len(ids)
-        fresh: dict[int, Place] = {}
+        fresh: dict[int, Position] = {}
         for index, (id_, digest) in enumerate(zip(ids, hashes.tolist(), strict=True)):
             if id_ is None:
                 continue
@@ -52,6 +52,6 @@ class DuplicateIdIndex:
             order = np.argsort(hashes, kind="stable")
             self.runs[-2:] = [(hashes[order], places[order])]
 
-    def _named(self, place: Place) -> str:
+    def _named(self, place: Position) -> str:
         source, line, column = place
         return f"{self.sources[source]}:{line}" + (f":{column}" if column else "")

@@ -1,18 +1,18 @@
-"""The one template: what a record looks like to the model, in training, sampling and prediction alike.
+"""Prompts: the one template, for training, sampling and prediction alike.
 
     ### Instruction:
     Why was this claim denied?
 
-    ### Input:                      (only where the record has an input)
+    ### Input:                      (only if the record has an input)
     Claim 4417, code 97, $120.00
 
     ### Response:
-    The service is included in ...  (the response and the end token follow; the prompt ends with the newline)
+    The service is included in ...  (the response and EOS follow; the prompt ends with the newline)
 
-An adapter answers only prompts of the template that it learned: a change here raises TEMPLATE_VERSION in `batch.py`.
+An adapter works only with the template that it was trained on: raise TEMPLATE_VERSION with every change here.
 """
 
-TEMPLATE_VERSION = 1  # kept with every adapter, which answers only the prompts that it learned
+TEMPLATE_VERSION = 1  # saved with every adapter; an adapter with another version is refused
 INSTRUCTION_HEADER = "### Instruction:"
 INPUT_HEADER = "### Input:"
 RESPONSE_HEADER = "### Response:"
@@ -20,7 +20,7 @@ HEADERS = (INSTRUCTION_HEADER, INPUT_HEADER, RESPONSE_HEADER)
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
-    """The prompt of a record, up to where its response begins.
+    """The prompt of a record, up to the start of its response.
 
     >>> format_prompt("Why was it denied?")
     '### Instruction:\\nWhy was it denied?\\n\\n### Response:\\n'
@@ -32,9 +32,9 @@ def format_prompt(instruction: str, input: str = "") -> str:
 
 
 def find_template_header(text: str) -> str | None:
-    """The template's section header that begins a line of this text, if one does.
+    """The first section header of the template that begins a line of the text, or None.
 
-    Such a text could not be told from the template itself: the model would see a second instruction or response.
+    The model would see a second instruction or response in such a text, so records that contain one are invalid.
 
     >>> find_template_header("see below\\n### Response: none")
     '### Response:'

@@ -1,14 +1,12 @@
-"""Records: read files, check every record, and say of each fault where it is and how to mend it.
+"""Records: read sources and validate every row; an invalid one is named by path:line, with what was expected.
 
-    claims.jsonl:17   {"id": "c-17", "instruction": "Why ...", "input": "EOB ...", "response": "The ..."}   -> Record
-    claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                                               -> Fault
+    claims.jsonl:17   {"id": "c-17", "instruction": "Why ...", "input": "EOB ...", "response": "The ..."}  -> Record
+    claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                                             -> InvalidRecord
 
-A source is a path (.jsonl, .json, .csv, .parquet), `claims:SPLIT` (packaged with lit_phi2; `claims:train[:1700]` is
-its first 1,700 records) or `hub:owner/name[:split]`. Faults are gathered, not raised, so that one pass over the data
-names them all.
+Invalid records are collected and not raised, so that one pass over the data names them all. Messages contain field
+names and ids but no text of a record (a malformed fact excepted): logs are shared more freely than claims.
 
-Files are parsed here, row by row; only hub datasets are streamed through `datasets`. Its own readers name no line, fail
-as a whole on one bad record, and leave traces of private records in a cache in the home folder.
+This module loads neither torch nor transformers, so a file can be validated in a fraction of a second.
 """
 
 from collections import Counter
@@ -17,25 +15,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lit_phi2.data.duplicate_ids import DuplicateIdIndex, Place
+from lit_phi2.data.duplicate_ids import DuplicateIdIndex, Position
 from lit_phi2.data.prompts import find_template_header
 from lit_phi2.data.sources import UnparsableRow, read_rows
 from lit_phi2.data.text import describe_kind, is_valid_unicode, quote_list, shorten, to_raw_json
 from lit_phi2.errors import InputError
 from lit_phi2.utils.sequences import batched
 
-SHOWN_FAULTS = 20
+MAX_SHOWN = 20  # invalid records that an error lists
 
-_BATCH = 1000  # rows whose ids are looked up at a time
+_BATCH_ROWS = 1000  # rows whose ids are looked up at once
 
-_HALF = "holds half of a surrogate pair; expected whole characters."
-
-_FACT = '{"text": "...", "kind": "..."}'
+_NOT_UNICODE = "holds half of a surrogate pair; expected whole characters."
+_FACT_FORM = '{"text": "...", "kind": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
 class FieldNames:
-    """Under which names a source keeps the parts of a record; `input` and `id` may be absent from it."""
+    """The names under which a source keeps the parts of a record; it may lack `input` and `id`."""
 
     instruction: str = "instruction"
     input: str = "input"
@@ -45,12 +42,12 @@ class FieldNames:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A short text that a right answer holds.
+    """A short text that a correct completion contains.
 
     Attributes:
-        text: looked for with case and spaces folded.
-        kind: where it comes from; the packaged claims know copied (from the prompt), known (from the domain) and
-            reasoned (worked out).
+        text: compared without regard to case and whitespace.
+        kind: where it comes from. The packaged claims use copied (from the prompt), known (from the domain) and
+            reasoned (derived).
     """
 
     text: str
@@ -62,13 +59,13 @@ class Record:
     """An instruction and its response.
 
     Attributes:
-        id: unique within what was read together.
-        instruction: what is asked.
-        input: what it is asked about; empty where there is none.
-        response: the answer to learn; empty where none is given, which only predict allows.
-        place: `path:line`, for messages.
-        category, form: groups that test tells apart; empty where there are none.
-        facts: what test looks for in an answer; may be none.
+        id: unique among all records that are read together.
+        instruction: the question or task.
+        input: the document that the instruction refers to; empty if there is none.
+        response: the text to learn; empty only in predict, where it is optional.
+        location: `path:line`, for messages.
+        category, form: groups that test reports separately; empty if the record has none.
+        facts: what test looks for in a completion; may be empty.
     """
 
     id: str
@@ -83,7 +80,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class InvalidRecord:
-    """A record that cannot be used: its place, what was found and expected, and the record as it stands there."""
+    """A record that cannot be used.
+
+    Attributes:
+        location: `path:line`.
+        message: what was found and what was expected.
+        raw: the record as it is in the file, for rejected.jsonl.
+    """
 
     location: str
     message: str
@@ -96,162 +99,186 @@ class InvalidRecord:
 def read_records(
     sources: Sequence[str], fields: FieldNames, *, needs_response: bool, with_facts: bool = False
 ) -> tuple[list[Record], list[InvalidRecord]]:
-    """All records of all sources, in order, and the faults of those that are none; see `each_record`."""
+    """All valid and all invalid records of the sources, each in order; see `iter_records`."""
     records: list[Record] = []
-    faults: list[InvalidRecord] = []
-    for found in iter_records(sources, fields, needs_response=needs_response, with_facts=with_facts):
-        records.append(found) if isinstance(found, Record) else faults.append(found)
-    return records, faults
+    invalid: list[InvalidRecord] = []
+    for record in iter_records(sources, fields, needs_response=needs_response, with_facts=with_facts):
+        records.append(record) if isinstance(record, Record) else invalid.append(record)
+    return records, invalid
 
 
 def iter_records(
     sources: Sequence[str], fields: FieldNames, *, needs_response: bool, with_facts: bool = False
 ) -> Iterator[Record | InvalidRecord]:
-    """The records of all sources, in order, and what is wrong with those that are none, one after another.
+    """The records of all sources in order, valid and invalid.
 
-    With `with_facts` their category, form and facts are read too, where there are any; only test has a use for them.
+    Args:
+        sources: paths, claims:SPLIT or hub:owner/name[:split].
+        fields: the names of the fields.
+        needs_response: whether a record without a response is invalid.
+        with_facts: also read category, form and facts, which only test uses.
 
     Raises:
-        InputError: a source is missing, empty, of an unknown format, or has none of the expected columns.
+        InputError: a source is missing, empty, of an unknown format, or lacks a required column; or no record has a
+            field that `fields` renames.
     """
-    used = DuplicateIdIndex(sources)
-    names: set[str] = set()  # of fields
-    for batch in batched(_checked_rows(sources, fields, needs_response, with_facts), _BATCH):
-        rows, checked, places = zip(*batch, strict=True)
-        for row, found, first in zip(
-            rows,
-            checked,
-            used.add([found.id if isinstance(found, Record) else None for found in checked], places),
-            strict=True,
-        ):
+    index = DuplicateIdIndex(sources)
+    field_names: set[str] = set()
+    for batch in batched(_validated_rows(sources, fields, needs_response, with_facts), _BATCH_ROWS):
+        rows, records, positions = zip(*batch, strict=True)
+        ids = [record.id if isinstance(record, Record) else None for record in records]
+        for row, record, first_use in zip(rows, records, index.add(ids, positions), strict=True):
             if isinstance(row, dict):
-                names.update(row)
-            if first and isinstance(found, Record):
-                told = f"id {shorten(found.id)!r} was already used at {first}; ids must be unique."
-                yield InvalidRecord(found.location, told, to_raw_json(row))
+                field_names.update(row)
+            if first_use and isinstance(record, Record):
+                message = f"id {shorten(record.id)!r} was already used at {first_use}; ids must be unique."
+                yield InvalidRecord(record.location, message, to_raw_json(row))
             else:
-                yield found
-    for name in ("input", "id"):  # absent where nobody named them, a typo where somebody did
-        field = getattr(fields, name)
-        if field != name and field not in names:
-            raise InputError(
-                f"data.{name}_field: no record has a field {field!r}; there are {quote_list(sorted(names))}."
-            )
+                yield record
+    _check_renamed_fields(fields, field_names)
 
 
-def _checked_rows(
-    sources: Sequence[str], fields: FieldNames, needs_response: bool, with_facts: bool
-) -> Iterator[tuple[Any, Record | InvalidRecord, Place]]:
-    """Each row as it was parsed, the record in it or what is wrong with it, and its place in numbers."""
-    for number, (source, label) in enumerate(zip(sources, _labels(sources), strict=True)):
-        found_any = False
-        for line, row in read_rows(source, [fields.instruction] + [fields.response] * needs_response):
-            found_any = True
-            checked = _check(row, fields, f"{source}:{line}", f"{label}:{line}", needs_response)
-            if with_facts and isinstance(checked, Record):
-                checked = _with_facts(checked, row)
-            first, _, column = str(line).partition(":")
-            yield row, checked, (number, int(first), int(column or 0))
-        if not found_any:
-            raise InputError(f"{source}: is empty; expected at least one record.")
+def raise_invalid(invalid: Sequence[InvalidRecord], *, setting: str) -> None:
+    """Raise if there are invalid records: the first of them, and their number.
 
-
-def raise_invalid(faults: Sequence[InvalidRecord], *, setting: str) -> None:
-    """Raise for faulty records: the first of them, and how many there are.
+    Args:
+        invalid: may be empty.
+        setting: the config key that named their files.
 
     Raises:
-        InputError: there is at least one fault.
+        InputError: at least one record is invalid.
     """
-    if not faults:
+    if not invalid:
         return
-    lines = [str(fault) for fault in faults[:SHOWN_FAULTS]]
-    if len(faults) > SHOWN_FAULTS:
-        lines.append(f"... and {len(faults) - SHOWN_FAULTS} more")
-    noun = "record" if len(faults) == 1 else "records"
+    lines = [str(record) for record in invalid[:MAX_SHOWN]]
+    if len(invalid) > MAX_SHOWN:
+        lines.append(f"... and {len(invalid) - MAX_SHOWN} more")
+    noun, pronoun = ("record", "it") if len(invalid) == 1 else ("records", "them")
     lines.append(
-        f"{len(faults)} bad {noun} in {setting}. Mend them, or set data.on_bad_record to 'skip' to leave them out."
+        f"{len(invalid)} invalid {noun} in {setting}. "
+        f"Fix {pronoun}, or set data.on_bad_record to 'skip' to leave {pronoun} out."
     )
     raise InputError("\n".join(lines))
 
 
-def _labels(sources: Sequence[str]) -> list[str]:
-    """What stands before the line in the id of a record that has none: the file's name, or its path if two share it."""
+def _validated_rows(
+    sources: Sequence[str], fields: FieldNames, needs_response: bool, with_facts: bool
+) -> Iterator[tuple[Any, Record | InvalidRecord, Position]]:
+    """Each parsed row, the record in it, and its position."""
+    required = [fields.instruction, fields.response] if needs_response else [fields.instruction]
+    for number, (source, label) in enumerate(zip(sources, _default_id_prefixes(sources), strict=True)):
+        is_empty = True
+        for line, row in read_rows(source, required):
+            is_empty = False
+            record = _validate(row, fields, f"{source}:{line}", f"{label}:{line}", required)
+            if with_facts and isinstance(record, Record):
+                record = _add_facts(record, row)
+            line_number, _, column = str(line).partition(":")
+            yield row, record, (number, int(line_number), int(column or 0))
+        if is_empty:
+            raise InputError(f"{source}: is empty; expected at least one record.")
+
+
+def _default_id_prefixes(sources: Sequence[str]) -> list[str]:
+    """The file's name, or its path where two sources share a name; a record without an id gets prefix:line."""
     names = Counter(Path(source).name for source in sources)
     return [name if names[name := Path(source).name] == 1 else source for source in sources]
 
 
-def _check(row: Any, fields: FieldNames, place: str, default_id: str, needs_response: bool) -> Record | InvalidRecord:
-    """The record in a parsed row, or what is wrong with it."""
+def _check_renamed_fields(fields: FieldNames, field_names: set[str]) -> None:
+    """A source may lack `input` and `id`; but a name that the user gave and that no record has is a typo."""
+    for part in ("input", "id"):
+        name = getattr(fields, part)
+        if name != part and name not in field_names:
+            raise InputError(
+                f"data.{part}_field: no record has a field {name!r}; there are {quote_list(sorted(field_names))}."
+            )
+
+
+def _validate(
+    row: Any, fields: FieldNames, location: str, default_id: str, required: Sequence[str]
+) -> Record | InvalidRecord:
     if isinstance(row, UnparsableRow):
-        return InvalidRecord(place, row.message, row.raw)
+        return InvalidRecord(location, row.message, row.raw)
     if not isinstance(row, dict):
-        return InvalidRecord(
-            place, f"is {describe_kind(row)}; expected an object with the fields of a record.", to_raw_json(row)
-        )
-    for name in [fields.instruction] + [fields.response] * needs_response:
-        if message := _text_fault(row, name, required=True):
-            return InvalidRecord(place, message, to_raw_json(row))
+        message = f"is {describe_kind(row)}; expected an object with the fields of a record."
+        return InvalidRecord(location, message, to_raw_json(row))
+    record_id = default_id if row.get(fields.id) in (None, "") else row[fields.id]
+    if error := _row_error(row, fields, record_id, required):
+        return InvalidRecord(location, error, to_raw_json(row))
+    instruction, input_text, response = (
+        row.get(name) or "" for name in (fields.instruction, fields.input, fields.response)
+    )
+    return Record(str(record_id), instruction, input_text if input_text.strip() else "", response, location)
+
+
+def _row_error(row: dict[str, Any], fields: FieldNames, record_id: Any, required: Sequence[str]) -> str | None:
+    for name in required:
+        if error := _text_error(row, name, required=True):
+            return error
     for name in (fields.input, fields.response):
-        if message := _text_fault(row, name, required=False):
-            return InvalidRecord(place, message, to_raw_json(row))
-    record_id = row.get(fields.id)
-    if record_id is None or record_id == "":
-        record_id = default_id
-    if isinstance(record_id, bool) or not isinstance(record_id, str | int):
-        return InvalidRecord(
-            place,
-            f"field {fields.id!r} is {describe_kind(record_id)}; expected a text or a whole number.",
-            to_raw_json(row),
-        )
-    if not is_valid_unicode(str(record_id)):
-        return InvalidRecord(place, f"field {fields.id!r} {_HALF}", to_raw_json(row))
-    texts = {name: row.get(name) or "" for name in (fields.instruction, fields.input, fields.response)}
-    for name, text in texts.items():
-        if header := find_template_header(text):
-            return InvalidRecord(
-                place,
-                f"field {name!r} has a line that begins with {header!r}, a section header of the template; the model "
-                "could not tell the two apart. Reword or indent it.",
-                to_raw_json(row),
-            )
-    given_input = texts[fields.input] if texts[fields.input].strip() else ""
-    return Record(str(record_id), texts[fields.instruction], given_input, texts[fields.response], place)
+        if error := _text_error(row, name, required=False):
+            return error
+    return _id_error(record_id, fields.id) or _header_error(row, fields)
 
 
-def _with_facts(record: Record, row: dict[str, Any]) -> Record | InvalidRecord:
-    """The record with its category, form and facts, or what is wrong with the facts."""
-    facts = row.get("facts")
-    facts = [] if facts in (None, "") else facts  # a table's empty cell
-    if not isinstance(facts, list):
-        return InvalidRecord(
-            record.location, f"field 'facts' is {describe_kind(facts)}; expected a list of {_FACT}.", to_raw_json(row)
-        )
-    for fact in facts:
-        texts = (fact.get("text"), fact.get("kind")) if isinstance(fact, dict) else (None, None)
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            return InvalidRecord(
-                record.location, f"field 'facts' holds {to_raw_json(fact)}; expected {_FACT}.", to_raw_json(row)
-            )
-        if not all(is_valid_unicode(str(text)) for text in texts):
-            return InvalidRecord(record.location, f"field 'facts' {_HALF}", to_raw_json(row))
-    for name in ("category", "form"):
-        if isinstance(row.get(name), str) and not is_valid_unicode(row[name]):
-            return InvalidRecord(record.location, f"field {name!r} {_HALF}", to_raw_json(row))
-    # Spaces folded, since a group is a row of a table.
-    groups = {name: " ".join(row[name].split()) for name in ("category", "form") if isinstance(row.get(name), str)}
-    return replace(record, **groups, facts=tuple(Fact(fact["text"], fact["kind"]) for fact in facts))
-
-
-def _text_fault(row: dict[str, Any], name: str, *, required: bool) -> str | None:
+def _text_error(row: dict[str, Any], name: str, *, required: bool) -> str | None:
     value = row.get(name)
     if value is None:
         if not required:
             return None
         if name in row:
-            return f"field {name!r} has no value; expected a text."
-        return f"has no field {name!r}; it has {quote_list(row)}. Expected a text there (data.*_field renames fields)."
+            return f"field {name!r} has no value; expected text."
+        return f"has no field {name!r}; it has {quote_list(row)}. Expected text there (data.*_field renames fields)."
     if not isinstance(value, str):
-        return f"field {name!r} is {describe_kind(value)}; expected a text."
+        return f"field {name!r} is {describe_kind(value)}; expected text."
     if required and not value.strip():
-        return f"field {name!r} is {'blank' if value else 'empty'}; expected a text."
-    return None if is_valid_unicode(value) else f"field {name!r} {_HALF}"
+        return f"field {name!r} is {'blank' if value else 'empty'}; expected text."
+    return None if is_valid_unicode(value) else f"field {name!r} {_NOT_UNICODE}"
+
+
+def _id_error(record_id: Any, name: str) -> str | None:
+    if isinstance(record_id, bool) or not isinstance(record_id, str | int):
+        return f"field {name!r} is {describe_kind(record_id)}; expected text or a whole number."
+    return None if is_valid_unicode(str(record_id)) else f"field {name!r} {_NOT_UNICODE}"
+
+
+def _header_error(row: dict[str, Any], fields: FieldNames) -> str | None:
+    for name in (fields.instruction, fields.input, fields.response):
+        if header := find_template_header(row.get(name) or ""):
+            return (
+                f"field {name!r} has a line that begins with {header!r}, a section header of the template; the model "
+                "could not tell the two apart. Reword or indent it."
+            )
+    return None
+
+
+def _add_facts(record: Record, row: dict[str, Any]) -> Record | InvalidRecord:
+    """The record with its category, form and facts."""
+    facts = row.get("facts")
+    if facts in (None, ""):  # "" is the empty cell of a CSV file
+        facts = []
+    if error := _facts_error(facts) or _groups_error(row):
+        return InvalidRecord(record.location, error, to_raw_json(row))
+    # Whitespace is collapsed because a group becomes a row of a table.
+    groups = {name: " ".join(row[name].split()) for name in ("category", "form") if isinstance(row.get(name), str)}
+    return replace(record, **groups, facts=tuple(Fact(fact["text"], fact["kind"]) for fact in facts))
+
+
+def _facts_error(facts: Any) -> str | None:
+    if not isinstance(facts, list):
+        return f"field 'facts' is {describe_kind(facts)}; expected a list of {_FACT_FORM}."
+    for fact in facts:
+        texts = (fact.get("text"), fact.get("kind")) if isinstance(fact, dict) else (None, None)
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            return f"field 'facts' holds {to_raw_json(fact)}; expected {_FACT_FORM}."
+        if not all(is_valid_unicode(str(text)) for text in texts):
+            return f"field 'facts' {_NOT_UNICODE}"
+    return None
+
+
+def _groups_error(row: dict[str, Any]) -> str | None:
+    for name in ("category", "form"):
+        if isinstance(row.get(name), str) and not is_valid_unicode(row[name]):
+            return f"field {name!r} {_NOT_UNICODE}"
+    return None

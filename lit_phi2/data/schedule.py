@@ -1,38 +1,39 @@
-"""Plan: which examples share a row, which rows a micro-batch, which micro-batches an optimizer step.
+"""Schedule: rows -> micro-batches of one rank -> optimizer steps of an epoch.
 
-    examples  ->  rows              up to max_length tokens each (packing), or one example each
-    rows      ->  micro-batches     batch_size rows each
-    micro-batches  ->  windows      accumulate x world_size of them make one optimizer step
+    examples       ->  rows             up to max_length tokens (packing), or one example each
+    rows           ->  micro-batches    batch_size rows each
+    micro-batches  ->  windows          accumulate x world_size of them make one optimizer step
 
             rank 0   rank 1
-    step 0  [r r]    [r r]    <- micro-batch 0        a window, when accumulate is 2
+    step 0  [r r]    [r r]    <- micro-batch 0        one accumulation window, when accumulate is 2
             [r r]    [r r]    <- micro-batch 1
-    step 1  [r r]    [r]      <- ragged: the last window is smaller, and its share says so
+    step 1  [r r]    [r]      <- ragged: the last window is smaller, and its loss_weight accounts for that
 
-An epoch is a pure function of lengths, batching, seed, epoch and rank. Its number of steps does not depend on the epoch,
-so the position of a run is its number of optimizer steps and nothing else.
+An epoch is a pure function of lengths, batching, seed, epoch and rank, and every epoch has equally many steps. The
+number of optimizer steps is therefore the whole position of a run.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from lit_phi2.data.packing import Array, Lengths, PackedRows, _unpacked_rows, pack
+from lit_phi2.data.packing import Array, Lengths, PackedRows, pack, unpacked_rows
 from lit_phi2.types import Row
 from lit_phi2.utils.sequences import LazySequence
 
 
 @dataclass(frozen=True, slots=True)
 class BatchingConfig:
-    """How an epoch is cut.
+    """How an epoch is divided.
 
     Attributes:
         max_length: tokens in a packed row.
-        packing: several examples to a row; otherwise one.
+        packing: several examples per row; otherwise one.
         batch_size: rows in a micro-batch.
         accumulate: micro-batches of each rank in an optimizer step.
         world_size: number of ranks.
-        limit: of micro-batches of each rank in an epoch: a number, a fraction, or None (Lightning's limit_*_batches).
+        limit: micro-batches of each rank in an epoch: a number, a fraction, or None for all (Lightning's
+            limit_train_batches).
     """
 
     max_length: int
@@ -45,13 +46,13 @@ class BatchingConfig:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one rank runs through the model at once.
+    """The rows that one rank runs through the model at once.
 
     Attributes:
-        rows: indices of examples, row by row; empty where a rank has nothing left in a ragged window.
-        share: what summed nats are multiplied by: accumulate x world_size / supervised tokens of the window over all
-            ranks. Lightning divides by the first and DDP by the second, which leaves 1 / supervised tokens.
-        seed: of its dropout, from (seed, epoch, step, micro-batch, rank).
+        rows: indices of examples, row by row; empty where a rank has no rows left in a ragged window.
+        loss_weight: factor on the summed nats: accumulate x world_size / supervised tokens of the window over all
+            ranks. Lightning divides by accumulate and DDP by world_size, which leaves 1 / supervised tokens.
+        seed: for dropout, derived from (seed, epoch, step, micro-batch, rank).
     """
 
     rows: tuple[Row, ...]
@@ -59,87 +60,88 @@ class MicroBatch:
     seed: int
 
 
-class Schedule(LazySequence[MicroBatch]):
-    """The micro-batches of one rank in an epoch, each made when it is asked for.
+def training_schedule(
+    lengths: Lengths, supervised: Lengths, batching: BatchingConfig, *, seed: int, epoch: int, rank: int = 0
+) -> "Schedule":
+    """The micro-batches of one rank in one training epoch, in order.
 
     Args:
-        rows: of the epoch.
-        order: of the rows, by index.
-        supervised: supervised tokens of each example; None where every share is 1.
-        batching: how to cut.
-        key: seed and epoch, of dropout.
-        rank: of world_size.
+        lengths: (n,), tokens of each example.
+        supervised: (n,), supervised tokens of each example.
+        batching: how the epoch is divided.
+        seed: of the run.
+        epoch: from 0.
+        rank: below world_size.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    permutation = rng.permutation(len(lengths))
+    rows = pack(lengths, batching.max_length, permutation) if batching.packing else unpacked_rows(permutation)
+    row_order = rng.permutation(len(rows)) if batching.packing else np.arange(len(rows))
+    return Schedule(rows, row_order, np.asarray(supervised), batching, (seed, epoch), rank)
+
+
+def evaluation_schedule(lengths: Lengths, batching: BatchingConfig, *, rank: int = 0) -> "Schedule":
+    """The micro-batches of one rank that together visit every example once, always in the same order.
+
+    loss_weight is 1, because evaluation adds up sums and counts and divides at the end.
+    """
+    permutation = np.arange(len(lengths))
+    rows = pack(lengths, batching.max_length, permutation) if batching.packing else unpacked_rows(permutation)
+    return Schedule(rows, np.arange(len(rows)), None, batching, (0, 0), rank)
+
+
+class Schedule(LazySequence[MicroBatch]):
+    """The micro-batches of one rank in an epoch, each built when it is indexed.
+
+    Args:
+        rows: of the epoch, of all ranks.
+        row_order: permutation of the rows.
+        supervised: (n,), supervised tokens of each example; None gives every micro-batch loss_weight 1 and seed 0.
+        batching: how the epoch is divided.
+        key: (seed, epoch) for dropout.
+        rank: below world_size.
     """
 
     def __init__(
         self,
         rows: PackedRows,
-        order: Array,
+        row_order: Array,
         supervised: Array | None,
         batching: BatchingConfig,
         key: tuple[int, int],
         rank: int,
     ) -> None:
         self.rows = rows
-        self.order = order
+        self.row_order = row_order
         self.supervised = supervised
         self.batching = batching
         self.key = key
         self.rank = rank
 
     def __len__(self) -> int:
-        return num_batches(len(self.order), self.batching)
+        return num_batches(len(self.row_order), self.batching)
 
-    def make(self, index: int) -> MicroBatch:
+    def get(self, index: int) -> MicroBatch:
         rows = self._rows(index, self.rank)
         if self.supervised is None:
             return MicroBatch(rows, loss_weight=1.0, seed=0)
-        step, micro = divmod(index, self.batching.accumulate)
-        window = range(index - micro, min(index - micro + self.batching.accumulate, len(self)))
-        members = [
-            member
+        batching = self.batching
+        step, micro = divmod(index, batching.accumulate)
+        window = range(index - micro, min(index - micro + batching.accumulate, len(self)))
+        examples = [
+            example
             for index in window
-            for rank in range(self.batching.world_size)
+            for rank in range(batching.world_size)
             for row in self._rows(index, rank)
-            for member in row
+            for example in row
         ]
-        loss_weight = self.batching.accumulate * self.batching.world_size / int(self.supervised[members].sum())
+        loss_weight = batching.accumulate * batching.world_size / int(self.supervised[examples].sum())
         return MicroBatch(rows, loss_weight, _dropout_seed(*self.key, step, micro, self.rank))
 
     def _rows(self, index: int, rank: int) -> tuple[Row, ...]:
-        """Of a rank at a place in the epoch; none where there is nothing left."""
-        first = (index * self.batching.world_size + rank) * self.batching.batch_size
-        return tuple(self.rows[row] for row in self.order[first : first + self.batching.batch_size])
-
-
-def training_schedule(
-    lengths: Lengths, supervised: Lengths, batching: BatchingConfig, *, seed: int, epoch: int, rank: int = 0
-) -> Schedule:
-    """The micro-batches of one rank in one training epoch, in order.
-
-    Args:
-        lengths: tokens of each example.
-        supervised: supervised tokens of each example.
-        batching: how to cut.
-        seed: of the run.
-        epoch: from 0.
-        rank: of world_size.
-    """
-    random = np.random.default_rng([seed, epoch])
-    shuffled = random.permutation(len(lengths))
-    rows = pack(lengths, batching.max_length, shuffled) if batching.packing else _unpacked_rows(shuffled)
-    order = random.permutation(len(rows)) if batching.packing else np.arange(len(rows))
-    return Schedule(rows, order, np.asarray(supervised), batching, (seed, epoch), rank)
-
-
-def evaluation_schedule(lengths: Lengths, batching: BatchingConfig, *, rank: int = 0) -> Schedule:
-    """The micro-batches of one rank that visit every example once, always in the same order.
-
-    The share is 1: sums and counts are added up and divided at the end.
-    """
-    order = np.arange(len(lengths))
-    rows = pack(lengths, batching.max_length, order) if batching.packing else _unpacked_rows(order)
-    return Schedule(rows, np.arange(len(rows)), None, batching, (0, 0), rank)
+        """The rows of any rank's micro-batch; empty past the last row."""
+        start = (index * self.batching.world_size + rank) * self.batching.batch_size
+        return tuple(self.rows[row] for row in self.row_order[start : start + self.batching.batch_size])
 
 
 def num_rows(lengths: Lengths, batching: BatchingConfig) -> int:
@@ -148,17 +150,17 @@ def num_rows(lengths: Lengths, batching: BatchingConfig) -> int:
 
 
 def num_batches(rows: int, batching: BatchingConfig) -> int:
-    """Micro-batches of each rank in an epoch of so many rows."""
+    """Micro-batches of each rank in an epoch with that many rows."""
     total = -(-rows // (batching.batch_size * batching.world_size))
     if batching.limit is None:
         return total
     if isinstance(batching.limit, int):
         return min(batching.limit, total)
-    return int(total * batching.limit)  # as Lightning rounds a fraction
+    return int(total * batching.limit)  # Lightning rounds a fraction down too
 
 
 def num_steps(batches: int, accumulate: int) -> int:
-    """Optimizer steps in an epoch of so many micro-batches; the last window may be short.
+    """Optimizer steps in an epoch with that many micro-batches; the last window may be short.
 
     >>> num_steps(10, 4)
     3
@@ -167,5 +169,5 @@ def num_steps(batches: int, accumulate: int) -> int:
 
 
 def _dropout_seed(*key: int) -> int:
-    """A seed that no other micro-batch of the run shares, and that needs no history to compute."""
+    """A seed that no other micro-batch of the run has, computed without any history."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

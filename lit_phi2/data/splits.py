@@ -1,4 +1,14 @@
-"""data/splits.py."""
+"""Splits: the examples of one split, and every record that was left out of it.
+
+    records  ->  Example         ->  Split.examples, records, lengths, supervised      one entry each, in order
+             ->  InvalidRecord   ->  Split.invalid, or Split.skipped where on_overlong is skip
+
+Without val_files the training records are divided; the hash of the prompt decides, so records with the same prompt stay
+together, and neither their order nor other records matter:
+
+    hash of the prompt in [0, 1)    0 ------ val_fraction ------------------------------ 1
+                                    |  val   |                  train                    |
+"""
 
 import hashlib
 from array import array
@@ -8,31 +18,31 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lit_phi2.data.packing import Array
+from lit_phi2.data.prompts import format_prompt
 from lit_phi2.data.records import InvalidRecord, Record
 from lit_phi2.types import Example
 
 EncodeResult = tuple[Record, Example | InvalidRecord]
 
-ExampleSource = Callable[
-    [list[InvalidRecord]], Iterable[EncodeResult]
-]  # appends bad records to the list it is given, as it goes
+# Reads and encodes the records of a split; invalid records are appended to the given list during the iteration.
+ExampleSource = Callable[[list[InvalidRecord]], Iterable[EncodeResult]]
 
 
 @dataclass(slots=True)
 class Split:
-    """The examples of one use, and what happened on the way to them.
+    """The examples of train, val, test or predict.
 
     Attributes:
-        sources: where the records came from.
+        sources: as named in the config.
         examples: in the order of the records.
-        records: that became examples.
+        records: the record of each example.
         lengths: (n,) int32, tokens of each example.
-        supervised: (n,) int32, those of them that are learned.
-        digest: of every id, token and prompt length, in order: equal for runs that train on the same thing.
-        trimmed: examples whose input section was shortened.
-        bad: records that cannot be used.
-        skipped: overlong records, where data.on_overlong is skip.
-        num_rows: that they are packed into, once it was counted.
+        supervised: (n,) int32, supervised tokens of each example.
+        digest: of every id, token and prompt length in order; equal for runs on the same data.
+        truncated: number of examples whose input section was shortened.
+        invalid: records that cannot be used.
+        skipped: overlong records, if data.on_overlong is skip.
+        num_rows: rows in an epoch; None until they are counted.
     """
 
     sources: list[str]
@@ -51,48 +61,96 @@ class Split:
         return self.invalid + self.skipped
 
 
-class _SplitBuilder:
-    """Lets examples through, and counts them."""
+def build_split(sources: list[str], source: ExampleSource, *, skip: bool) -> Split:
+    """The split with its examples and records in lists.
 
-    def __init__(self, make: ExampleSource, *, skip: bool) -> None:
-        self.make = make
-        self.skip = skip  # whether what does not fit is left out; otherwise it is a bad record
+    Args:
+        sources: as named in the config.
+        source: reads and encodes the records.
+        skip: whether overlong records are skipped; otherwise they are invalid.
+    """
+    builder = SplitBuilder(source, skip=skip)
+    records, examples = [], []
+    for record, example in builder:
+        records.append(record)
+        examples.append(example)
+    return builder.build(sources, examples, records)
+
+
+class SplitBuilder:
+    """Iterates over the examples of a source and collects what else a Split needs; iterate once, then call build."""
+
+    def __init__(self, source: ExampleSource, *, skip: bool) -> None:
+        self.source = source
+        self.skip = skip
         self.invalid: list[InvalidRecord] = []
-        self.unfit: list[InvalidRecord] = []
+        self.overlong: list[InvalidRecord] = []
         self.lengths, self.supervised = array("i"), array("i")
         self.truncated = 0
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[tuple[Record, Example]]:
-        for record, settled in self.make(self.invalid):
-            if isinstance(settled, InvalidRecord):
-                self.unfit.append(settled)
+        for record, example in self.source(self.invalid):
+            if isinstance(example, InvalidRecord):
+                self.overlong.append(example)
                 continue
-            self.lengths.append(len(settled.ids))
-            self.supervised.append(settled.supervised_tokens)
-            self.truncated += settled.truncated
-            self._digest.update(f"{len(settled.id)} {settled.id} {settled.prompt_length} {len(settled.ids)} ".encode())
-            self._digest.update(array("i", settled.ids).tobytes())
-            yield record, settled
+            self.lengths.append(len(example.ids))
+            self.supervised.append(example.supervised_tokens)
+            self.truncated += example.truncated
+            self._digest.update(f"{len(example.id)} {example.id} {example.prompt_length} {len(example.ids)} ".encode())
+            self._digest.update(array("i", example.ids).tobytes())
+            yield record, example
 
-    def split(self, sources: list[str], examples: Sequence[Example], records: Sequence[Record]) -> Split:
-        invalid, skipped = (self.invalid, self.unfit) if self.skip else (self.invalid + self.unfit, [])
+    def build(self, sources: list[str], examples: Sequence[Example], records: Sequence[Record]) -> Split:
+        invalid, skipped = (self.invalid, self.overlong) if self.skip else (self.invalid + self.overlong, [])
         lengths, supervised = np.array(self.lengths, np.int32), np.array(self.supervised, np.int32)
         digest = self._digest.hexdigest()[:16]
         return Split(sources, examples, records, lengths, supervised, digest, self.truncated, invalid, skipped)
 
 
-def build_split(sources: list[str], make: ExampleSource, *, skip: bool) -> Split:
-    """The examples as lists.
+def separate_invalid(records: Iterable[Record | InvalidRecord], invalid: list[InvalidRecord]) -> Iterator[Record]:
+    """Yield the valid records and append the others to `invalid`."""
+    for record in records:
+        if isinstance(record, Record):
+            yield record
+        else:
+            invalid.append(record)
+
+
+# Holding out validation records
+
+
+def hold_out(
+    records: Iterable[Record | InvalidRecord], split_name: str, val_fraction: float
+) -> Iterator[Record | InvalidRecord]:
+    """The records of "train" or of "val"; invalid records have no prompt to hash and count as training records."""
+    for record in records:
+        is_val = isinstance(record, Record) and is_held_out(record, val_fraction)
+        if is_val == (split_name == "val"):
+            yield record
+
+
+def is_held_out(record: Record, val_fraction: float) -> bool:
+    """Whether a record is used for validation: a function of its prompt alone, the same on every machine."""
+    prompt = format_prompt(record.instruction, record.input)
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64 < val_fraction
+
+
+def explain_empty(split_name: str, splits: dict[str, Split], val_fraction: float, *, held_out: bool) -> str:
+    """Why a split has no examples.
 
     Args:
-        sources: as named in the config.
-        make: gives the records as tokens.
-        skip: whether records that do not fit are left out, instead of being bad records.
+        split_name: of the empty split.
+        splits: all splits that were read with it.
+        val_fraction: data.val_fraction.
+        held_out: whether train and val are parts of the same files.
     """
-    tally = _SplitBuilder(make, skip=skip)
-    records, examples = [], []
-    for record, example in tally:
-        records.append(record)
-        examples.append(example)
-    return tally.split(sources, examples, records)
+    left_out = splits[split_name].left_out
+    if not left_out or (split_name == "train" and held_out and splits["val"].examples):
+        total = sum(len(split.examples) for split in splits.values())
+        part = {"train": "training", "val": "validation"}[split_name]
+        return (
+            f"data.val_fraction: {val_fraction} of {total} records leaves none for {part}. "
+            "Give data.val_files, or another fraction."
+        )
+    return f"data.{split_name}_files: none of the {len(left_out)} records can be used. The first: {left_out[0]}"

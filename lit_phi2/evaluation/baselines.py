@@ -1,56 +1,79 @@
-"""Nearest: the training record whose prompt is most like another, by TF-IDF; a baseline that knows no language.
+"""Baselines: what the same records score without a model, next to the completions of models.
 
-    texts known, texts asked -> for each asked, the index of the known text with the highest cosine
+    records, {"adapter": completions, "base": completions}, training records
+      -> {"adapter": metrics, "base": metrics, "copy_prompt": metrics, "nearest": metrics}
 
-Words are weighted by count times (ln((1 + N) / (1 + df)) + 1), rows scaled to length 1: Salton and Buckley 1988, with
-the smoothing of scikit-learn's TfidfVectorizer.
+    copy_prompt    the prompt itself: finds every fact that is copied from the prompt, and no other
+    nearest        the response of the training record with the most similar prompt (TF-IDF, cosine)
+
+Both are cheap, so an adapter that does not beat them has learned nothing useful. Only models have an `eos_rate`, the
+fraction of completions that end with the EOS token and were not cut at max_new_tokens.
 """
 
-import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from lit_phi2.data.records import Record
+from lit_phi2.evaluation.metrics import bootstrap, score_completions, summarize
+from lit_phi2.evaluation.table import Table
 
-_CHUNK = 64  # texts asked at a time, so that a large training set needs little memory
+MAX_SIMILARITIES = 2**20  # computed at a time: 20 bytes each, once in CSR form and once dense
+
+_WORD = r"\w+"
 
 
-def nearest_neighbors(known: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """Index into `known` for each text of `asked`; the first of equals.
+def compare_with_baselines(
+    records: Sequence[Record], completions: dict[str, tuple[list[str], list[bool]]], train: Sequence[Record]
+) -> Table:
+    """Metrics of every system that completed the records, and of the two baselines.
+
+    Args:
+        records: the test records; their responses are the references.
+        completions: system -> its completions, and whether each ended with the EOS token.
+        train: the training records for `nearest`, which is left out if there are none.
+
+    Returns:
+        The systems in their order, then `copy_prompt`, then `nearest`.
+    """
+    columns: Table = {}
+    for name, (texts, ended) in completions.items():
+        columns[name] = summarize(records, score_completions(records, texts))
+        columns[name]["eos_rate"] = bootstrap([float(has_eos) for has_eos in ended])
+    prompts = [_prompt(record) for record in records]
+    columns["copy_prompt"] = summarize(records, score_completions(records, prompts))
+    if train:
+        indices = nearest_neighbors([_prompt(record) for record in train], prompts)
+        columns["nearest"] = summarize(records, score_completions(records, [train[i].response for i in indices]))
+    return columns
+
+
+def nearest_neighbors(
+    corpus: Sequence[str], queries: Sequence[str], max_similarities: int = MAX_SIMILARITIES
+) -> list[int]:
+    """For each query, the index of the text in `corpus` with the highest TF-IDF cosine; the first of equals.
+
+    A query that shares no word with any text gets index 0. The weight of a word is its count times
+    ln((1 + N) / (1 + df)) + 1 (Salton and Buckley 1988, with scikit-learn's smoothing).
 
     >>> nearest_neighbors(["the claim was late", "the scan was denied"], ["a scan, denied?"])
     [1]
     """
-    counts = [Counter(_words(text)) for text in known]
-    frequency = Counter(word for count in counts for word in count)
-    weights = {word: math.log((1 + len(known)) / (1 + df)) + 1 for word, df in frequency.items()}
-    column = {word: number for number, word in enumerate(weights)}
-    rows = _matrix(counts, weights, column)
-    found: list[int] = []
-    for start in range(0, len(asked), _CHUNK):
-        some = [Counter(_words(text)) for text in asked[start : start + _CHUNK]]
-        similarity = torch.sparse.mm(rows, _matrix(some, weights, column).to_dense().T)
-        found += similarity.argmax(dim=0).tolist()
-    return found
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and only `test` needs it
+    from sklearn.metrics.pairwise import linear_kernel
+
+    if not any(re.search(_WORD, text) for text in corpus):  # the vectorizer refuses an empty vocabulary
+        return [0] * len(queries)
+    vectorizer = TfidfVectorizer(preprocessor=str.casefold, token_pattern=_WORD)  # its default drops one-letter words
+    corpus_vectors = vectorizer.fit_transform(corpus)
+    chunk = max(1, max_similarities // len(corpus))
+    nearest: list[int] = []
+    for start in range(0, len(queries), chunk):
+        query_vectors = vectorizer.transform(queries[start : start + chunk])
+        # In this order scipy converts the few queries to the layout that it multiplies, not the whole corpus, and sums
+        # every cosine over the words in the same order, so that texts of the same words are equals to the last bit.
+        nearest += linear_kernel(corpus_vectors, query_vectors).argmax(axis=0).tolist()
+    return nearest
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
-
-
-def _matrix(counts: Sequence[Counter[str]], weights: dict[str, float], column: dict[str, int]) -> Tensor:
-    """(texts, words) sparse, each row of length 1; words that no known text holds are left out."""
-    places: tuple[list[int], list[int]] = ([], [])
-    values: list[float] = []
-    for row, count in enumerate(counts):
-        # Sorted, because rounding depends on the order: texts of the same words in another order must stay equals.
-        weighted = {word: count[word] * weights[word] for word in sorted(count) if word in weights}
-        length = math.sqrt(sum(value**2 for value in weighted.values())) or 1.0
-        for word, value in weighted.items():
-            places[0].append(row)
-            places[1].append(column[word])
-            values.append(value / length)
-    size = (len(counts), len(column))
-    return torch.sparse_coo_tensor(torch.tensor(places, dtype=torch.int64), values, size, check_invariants=True)
+def _prompt(record: Record) -> str:
+    return f"{record.instruction}\n{record.input}"

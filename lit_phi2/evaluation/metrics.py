@@ -1,34 +1,35 @@
-"""Quality: how good answers are, beside plain ways to get an answer without a model.
+"""Metrics: score completions against their records, and average the scores.
 
-    records, texts that answer them -> Figures of each record -> their means, with bootstrap intervals -> a table
+    records, completions -> CompletionScores of each -> {metric: Interval}, the mean and its 95 % bootstrap interval
 
-    fact recall      share of a record's facts that stand in the answer; none where it is over 1.5 times the reference
-    ROUGE-L          longest common subsequence of words with the reference, as F1 (Lin 2004)
-    length ratio     words of the answers for each word of the references
-    repeats          whether eight words in a row come twice: a small model that goes round in circles
+    fact recall       fraction of a record's facts that the completion contains; records without facts do not count
+    facts KIND        the same, over the facts of one kind; form FORM and category CATEGORY: over the records of one
+    ROUGE-L           longest common subsequence of words with the reference, as F1 (Lin 2004)
+    length ratio      words of the completions per word of the references
+    repeated 8-gram   fraction of completions that contain the same eight words in a row twice
 
-An answer is held against facts and not against a wording, because there are many ways to say a right thing.
+Facts are matched as text, so a completion may word everything else freely. A completion over MAX_LENGTH_RATIO times the
+length of the reference matches no fact; otherwise one that lists every possible fact would score highest.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lit_phi2.data.records import Fact, Record
-from lit_phi2.evaluation.baselines import nearest_neighbors
 
-MAX_LENGTH_RATIO = 1.5  # times the reference; an answer that says everything is no answer
+MAX_LENGTH_RATIO = 1.5  # characters of a completion per character of its reference
 
 NUM_BOOTSTRAP = 1000
 
-NGRAM = 8
+NGRAM = 8  # words
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over records and its 95 % bootstrap interval."""
+    """A mean over `records` records and its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -38,67 +39,37 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class CompletionScores:
-    """One answer, judged.
+    """The scores of one completion.
 
     Attributes:
-        facts_matched: for each fact of the record, whether the answer holds it.
+        facts_matched: for each fact of the record, whether the completion contains it.
         rouge_l: F1 in [0, 1].
-        words: of the answer.
-        repeats: eight words in a row come twice.
+        num_words: words in the completion.
+        has_repeated_ngram: the same eight words in a row occur twice.
     """
 
     facts_matched: list[bool]
     rouge_l: float
-    words: int
+    num_words: int
     has_repeated_ngram: bool
 
 
-Table = dict[str, dict[str, Interval]]  # who answers -> figure -> interval
-
-
-def compare_with_baselines(
-    records: Sequence[Record], completed: dict[str, tuple[list[str], list[bool]]], train: Sequence[Record]
-) -> Table:
-    """Figures of every answerer, and of two that are no model.
-
-    Args:
-        records: asked, with responses as references.
-        answered: who -> texts, and whether each ended by itself.
-        train: the records of the nearest-record baseline; without any it is left out.
-
-    Returns:
-        The answerers in their order, then `copy_prompt`, the prompt given back, and `nearest`, the response of the training
-        record whose prompt is most like it.
-    """
-    columns: Table = {}
-    for name, (texts, ended) in completed.items():
-        columns[name] = summarize(records, score_completions(records, texts))
-        columns[name]["eos_rate"] = bootstrap([float(end) for end in ended])
-    asked = [_prompt(record) for record in records]
-    columns["copy_prompt"] = summarize(records, score_completions(records, asked))
-    if train:
-        found = nearest_neighbors([_prompt(record) for record in train], asked)
-        columns["nearest"] = summarize(records, score_completions(records, [train[index].response for index in found]))
-    return columns
-
-
-def _prompt(record: Record) -> str:
-    return f"{record.instruction}\n{record.input}"
-
-
-def score_completions(records: Sequence[Record], texts: Sequence[str]) -> list[CompletionScores]:
-    """Hold each text against the record that it answers."""
-    rouge_l = _rouge_l(texts, [record.response for record in records])
+def score_completions(records: Sequence[Record], completions: Sequence[str]) -> list[CompletionScores]:
+    """Score each completion against its record."""
+    rouge_l = _rouge_l(completions, [record.response for record in records])
     return [
         CompletionScores(
-            match_facts(record.facts, text, record.response), score, len(text.split()), has_repeated_ngram(text)
+            facts_matched=match_facts(record.facts, completion, record.response),
+            rouge_l=f1,
+            num_words=len(completion.split()),
+            has_repeated_ngram=has_repeated_ngram(completion),
         )
-        for record, text, score in zip(records, texts, rouge_l, strict=True)
+        for record, completion, f1 in zip(records, completions, rouge_l, strict=True)
     ]
 
 
-def match_facts(facts: Sequence[Fact], text: str, reference: str) -> list[bool]:
-    """Which facts stand in a text, case and spaces folded; none in a text over 1.5 times the reference's length.
+def match_facts(facts: Sequence[Fact], completion: str, reference: str) -> list[bool]:
+    """Whether the completion contains each fact; case and white space are normalized.
 
     >>> facts = [Fact("CLM-12", "copied"), Fact("peer-to-peer", "known")]
     >>> match_facts(facts, "Ask for a Peer-to-Peer\\n call.", "Ask for a peer-to-peer call on CLM-12.")
@@ -106,14 +77,25 @@ def match_facts(facts: Sequence[Fact], text: str, reference: str) -> list[bool]:
     >>> match_facts(facts, "CLM-12 peer-to-peer " * 9, "Ask for a peer-to-peer call on CLM-12.")
     [False, False]
     """
-    folded = normalize(text)
-    if len(folded) > MAX_LENGTH_RATIO * len(normalize(reference)):
+    text = normalize(completion)
+    if len(text) > MAX_LENGTH_RATIO * len(normalize(reference)):
         return [False] * len(facts)
-    return [normalize(fact.text) in folded for fact in facts]
+    return [normalize(fact.text) in text for fact in facts]
+
+
+def has_repeated_ngram(text: str) -> bool:
+    """Whether the same eight words in a row occur twice; small models tend to loop.
+
+    >>> has_repeated_ngram("a b c d e f g h a b c d e f g h"), has_repeated_ngram("a b c d e f g h")
+    (True, False)
+    """
+    words = normalize(text).split()
+    ngrams = Counter(tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1))
+    return any(count > 1 for count in ngrams.values())
 
 
 def normalize(text: str) -> str:
-    """Case and white space folded.
+    """The text in one case, with single spaces.
 
     >>> normalize("The  Letter\\nof")
     'the letter of'
@@ -121,73 +103,70 @@ def normalize(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def has_repeated_ngram(text: str) -> bool:
-    """Whether eight words in a row stand in the text twice.
-
-    >>> has_repeated_ngram("a b c d e f g h a b c d e f g h"), has_repeated_ngram("a b c d e f g h")
-    (True, False)
-    """
-    words = normalize(text).split()
-    grams = Counter(tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1))
-    return any(count > 1 for count in grams.values())
-
-
-def summarize(records: Sequence[Record], figures: Sequence[CompletionScores]) -> dict[str, Interval]:
-    """Name of a figure -> its mean over the records that have it, in the order of the table."""
-    rows: dict[str, Interval] = {}
-    recall = {name: bootstrap(values) for name, values in _recalls(records, figures).items()}
-    rows.update(recall)
-    rows["ROUGE-L"] = bootstrap([one.rouge_l for one in figures])
-    reference_words = sum(len(record.response.split()) for record in records) / len(records)
-    rows["length ratio"] = bootstrap([one.words / reference_words for one in figures])
-    rows["repeated 8-gram"] = bootstrap([float(one.has_repeated_ngram) for one in figures])
+def summarize(records: Sequence[Record], scores: Sequence[CompletionScores]) -> dict[str, Interval]:
+    """Metric name -> its mean over the records it is defined for, in the order of the table's rows."""
+    rows = {name: bootstrap(recalls) for name, recalls in _fact_recalls(records, scores).items()}
+    rows["ROUGE-L"] = bootstrap([score.rouge_l for score in scores])
+    # Divided by the mean length and not by each reference's, so that the mean is a ratio of totals.
+    mean_reference_words = sum(len(record.response.split()) for record in records) / len(records)
+    rows["length ratio"] = bootstrap([score.num_words / mean_reference_words for score in scores])
+    rows["repeated 8-gram"] = bootstrap([float(score.has_repeated_ngram) for score in scores])
     return rows
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
-    """The mean, and the middle 95 % of the means of 1,000 samples drawn with replacement (Efron 1979); seeded.
+    """The mean, and the middle 95 % of the means of 1,000 resamples (percentile method, Efron 1979); seeded.
 
     >>> bootstrap([0.5, 0.5])
     Interval(mean=0.5, low=0.5, high=0.5, records=2)
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(numbers), size=(NUM_BOOTSTRAP, len(numbers)))
-    low, high = np.percentile(numbers[drawn].mean(axis=1), [2.5, 97.5])
-    return Interval(float(numbers.mean()), float(low), float(high), len(numbers))
+    sample = np.asarray(values, dtype=np.float64)
+    mean = float(sample.mean())
+    if sample.min() == sample.max():  # scipy refuses a single value
+        return Interval(mean, mean, mean, len(sample))
+    from scipy import stats  # slow to import, and only `test` needs it
+
+    interval = stats.bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=NUM_BOOTSTRAP,
+        batch=NUM_BOOTSTRAP // 10,  # 1.6 KB of memory per record
+        vectorized=True,  # without it, scipy calls np.mean once per resample
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(mean, float(interval.low), float(interval.high), len(sample))
 
 
-def _recalls(records: Sequence[Record], figures: Sequence[CompletionScores]) -> dict[str, list[float]]:
-    """Group -> the recall of each record in it. A kind's recall counts a record's facts of that kind."""
+def _fact_recalls(records: Sequence[Record], scores: Sequence[CompletionScores]) -> dict[str, list[float]]:
+    """Metric name -> the recall of each record it is defined for."""
     recalls: dict[str, list[float]] = {}
 
-    def add(name: str, found: list[bool]) -> None:
-        if found:
-            recalls.setdefault(name, []).append(sum(found) / len(found))
+    def add(name: str, matches: Iterable[list[bool]]) -> None:
+        values = [sum(matched) / len(matched) for matched in matches if matched]
+        if values:
+            recalls[name] = values
 
-    def add_groups(title: str, group_of: Callable[[Record], str]) -> None:
-        for group in sorted({group_of(record) for record in records} - {""}):
-            for record, one in zip(records, figures, strict=True):
-                if group_of(record) == group:
-                    add(f"{title} {group}", one.facts_matched)
-
-    for one in figures:
-        add("fact recall", one.facts_matched)
+    pairs = list(zip(records, scores, strict=True))
+    add("fact recall", (score.facts_matched for score in scores))
     for kind in sorted({fact.kind for record in records for fact in record.facts}):
-        for record, one in zip(records, figures, strict=True):
-            add(
-                f"facts {kind}",
-                [hit for hit, fact in zip(one.facts_matched, record.facts, strict=True) if fact.kind == kind],
-            )
-    add_groups("form", lambda record: record.form)
-    add_groups("category", lambda record: record.category)
+        add(f"facts {kind}", (_matches_of_kind(kind, record, score) for record, score in pairs))
+    for form in sorted({record.form for record in records} - {""}):
+        add(f"form {form}", (score.facts_matched for record, score in pairs if record.form == form))
+    for category in sorted({record.category for record in records} - {""}):
+        add(f"category {category}", (score.facts_matched for record, score in pairs if record.category == category))
     return recalls
 
 
-def _rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float]:
-    from torchmetrics.functional.text import rouge_score  # slow to import, and only tests need it
+def _matches_of_kind(kind: str, record: Record, score: CompletionScores) -> list[bool]:
+    return [matched for fact, matched in zip(record.facts, score.facts_matched, strict=True) if fact.kind == kind]
 
-    # rouge_keys: with the default ones torchmetrics wants nltk and a download.
+
+def _rouge_l(completions: Sequence[str], references: Sequence[str]) -> list[float]:
+    from torchmetrics.functional.text import rouge_score  # slow to import, and only `test` needs it
+
+    # rouge_keys: the default ones need nltk and a download.
     return [
-        float(rouge_score(text, reference, rouge_keys="rougeL")["rougeL_fmeasure"]) if text.split() else 0.0
-        for text, reference in zip(texts, references, strict=True)
+        float(rouge_score(completion, reference, rouge_keys="rougeL")["rougeL_fmeasure"]) if completion.split() else 0.0
+        for completion, reference in zip(completions, references, strict=True)
     ]

@@ -1,10 +1,10 @@
-"""Generation: greedy answers to prompts, the same for samples during fit and for predict.
+"""Engine: greedy completions of prompts, the same for samples during fit, for test and for predict.
 
-    . . p p p p  ->  a a E          prompts are padded on the left, so that all answers begin at the same place
-    p p p p p p  ->  a a a a        an answer ends with the end token (stop) or at max_new_tokens (length)
+    . . p p p p  ->  c c E          prompts are padded on the left, so that all completions begin in the same column
+    p p p p p p  ->  c c c c        a completion ends with EOS (stop) or at max_new_tokens (length)
 
-The search itself is transformers' `generate`. The model leaves as it came: modes of its modules, cache flag, and no
-random number drawn.
+The search is transformers' `generate` on our block forward. It leaves the model as it was: the modes of its modules,
+its cache setting, and the random number generator.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the model said.
+    """What the model generated for a prompt.
 
     Attributes:
-        ids: new tokens without the prompt and without the end token.
-        finish_reason: stop after the end token, length at max_new_tokens.
+        ids: new tokens, without the prompt and without EOS.
+        finish_reason: stop after EOS, length at max_new_tokens.
     """
 
     ids: list[int]
@@ -34,24 +34,24 @@ class Completion:
 def generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, eos_token_id: int, max_new_tokens: int
 ) -> list[Completion]:
-    """Answer a batch of prompts greedily.
+    """Complete a batch of prompts greedily.
 
     Args:
-        model: native or fused, with or without adapters in its layers.
+        model: transformers' Phi or the fused one, with or without adapters in its layers.
         prompts: token ids, at least one each; lengths may differ.
-        end_token: closes an answer.
-        max_new_tokens: of an answer; the prompt does not count.
+        eos_token_id: ends a completion.
+        max_new_tokens: upper bound on the tokens of a completion; the prompt does not count.
 
     Returns:
-        One answer a prompt, in order.
+        One completion per prompt, in order.
     """
-    longest = max(map(len, prompts))
-    # Any id may stand at padding, since attention never sees it; the end token is one that every base has.
-    input_ids = torch.full((len(prompts), longest), eos_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(prompts), longest), dtype=torch.int64)
-    for line, prompt in enumerate(prompts):
-        input_ids[line, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[line, longest - len(prompt) :] = 1
+    max_length = max(map(len, prompts))
+    # Any id may be at padding, because attention never sees it; every base has an EOS token.
+    input_ids = torch.full((len(prompts), max_length), eos_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(prompts), max_length), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, max_length - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, max_length - len(prompt) :] = 1
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -60,15 +60,15 @@ def generate(
         use_cache=True,
     )
     with _eval_mode(model):
-        output = model.generate(  # type: ignore[operator]  # a mixin that mypy takes for a Tensor
+        output = model.generate(  # type: ignore[operator]  # a mixin, which mypy takes for a Tensor
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=greedy,
         )
-    return [_answer(line, eos_token_id) for line in output[:, longest:].tolist()]
+    return [_completion(ids, eos_token_id) for ids in output[:, max_length:].tolist()]
 
 
-def _answer(ids: list[int], eos_token_id: int) -> Completion:
+def _completion(ids: list[int], eos_token_id: int) -> Completion:
     if eos_token_id in ids:
         return Completion(ids[: ids.index(eos_token_id)], "stop")
     return Completion(ids, "length")
@@ -76,7 +76,7 @@ def _answer(ids: list[int], eos_token_id: int) -> Completion:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards back in the mode it had: frozen parts may differ from trained ones."""
+    """Put every module in eval mode, and restore the mode of each afterwards: they may differ."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,11 +1,11 @@
-"""Attention inside packed rows: every example attends to itself alone, causally.
+"""Attention inside packed rows: every example attends to itself only, causally.
 
     Wqkv's output (N, 3, H, d) -> rotary on q and k -> example by example: softmax(q k^T) v -> (N, H, d)
 
     N  tokens of all rows of a batch, one after the other      H  heads      d  width of a head
 
-Plain batched products over one example are faster on a CPU than its flash kernel, whose backward at 512 tokens costs
-more than any product of the layer. On CUDA one call of the variable-length flash kernel does the whole batch.
+On a CPU plain batched matmuls over one example are faster than the flash kernel, whose backward pass at 512 tokens
+costs more than any other matmul of the layer. On CUDA one call of the variable-length flash kernel covers the batch.
 """
 
 from dataclasses import dataclass
@@ -19,51 +19,51 @@ from torch.nn.attention.varlen import varlen_attn
 
 from lit_phi2.model.linear import matmul_dtype
 
-Span = tuple[int, int]  # where an example begins and ends among the N tokens
-QUERY_BLOCK = 256  # rows of scores that are held at a time: memory for them is linear in the length of an example
+Segment = tuple[int, int]  # first token of an example and the token after its last, among the N tokens
+QUERY_BLOCK = 256  # queries whose scores are in memory at the same time: memory stays linear in the length
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where the examples of a batch lie; made once, used by every layer.
+    """Where the examples of a batch begin and end; computed once, used by every layer.
 
     Attributes:
-        spans: of the examples; they cover the N tokens.
-        ends: (examples + 1,) int32 on CUDA, 0 and where each example ends; else None.
-        seen: (B, 1, T, T) bool on MPS, which key each query attends to; else None.
+        segments: of the examples; they cover the N tokens.
+        cu_seqlens: (examples + 1,) int32 on CUDA, 0 and the end of each example; else None.
+        attn_mask: (B, 1, T, T) bool on MPS, which keys each query attends to; else None.
     """
 
-    spans: list[Span]
-    ends: Tensor | None = None
-    seen: Tensor | None = None
+    segments: list[Segment]
+    cu_seqlens: Tensor | None = None
+    attn_mask: Tensor | None = None
 
 
 def packed_layout(position_ids: Tensor) -> PackedLayout:
-    """Where the examples of a batch begin and end.
+    """Find the examples of a batch.
 
     Args:
         position_ids: (B, T), 0 where an example begins.
 
-    >>> packed_layout(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]])).spans
+    >>> packed_layout(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]])).segments
     [(0, 3), (3, 5), (5, 7), (7, 8), (8, 9), (9, 10)]
     """
     flat = position_ids.flatten()
     starts = torch.nonzero(flat == 0).flatten().tolist()
-    spans = list(zip(starts, [*starts[1:], len(flat)], strict=True))
+    segments = list(zip(starts, [*starts[1:], len(flat)], strict=True))
     if position_ids.device.type == "cuda":
-        ends = torch.tensor([0, *(end for _, end in spans)], dtype=torch.int32, device=position_ids.device)
-        return PackedLayout(spans, ends=ends)
+        cu_seqlens = [0, *(end for _, end in segments)]
+        return PackedLayout(segments, torch.tensor(cu_seqlens, dtype=torch.int32, device=position_ids.device))
     if position_ids.device.type == "mps":
-        return PackedLayout(spans, seen=block_causal_mask(position_ids))
-    return PackedLayout(spans)
+        return PackedLayout(segments, attn_mask=block_causal_mask(position_ids))
+    return PackedLayout(segments)
 
 
 def block_causal_mask(position_ids: Tensor) -> Tensor:
-    """(B, 1, T, T): whether a key is of the same example as the query, and not after it."""
+    """(B, 1, T, T) bool: the key belongs to the query's example and is not after the query."""
     example = (position_ids == 0).cumsum(1)
-    place = torch.arange(position_ids.shape[1], device=position_ids.device)
-    seen = (example[:, :, None] == example[:, None, :]) & (place[:, None] >= place)
-    return seen[:, None]
+    token = torch.arange(position_ids.shape[1], device=position_ids.device)
+    mask = (example[:, :, None] == example[:, None, :]) & (token[:, None] >= token)
+    return mask[:, None]
 
 
 def packed_attention(
@@ -73,122 +73,144 @@ def packed_attention(
 
     Args:
         qkv: (N, 3, H, d), before rotary.
-        cos, sin: (N, R / 2) of each token's position, for the first R of the d elements of queries and keys.
+        cos, sin: (N, R / 2), of each token's position, for the first R of the d elements of queries and keys.
         layout: of the N tokens.
         scaling: of the scores.
-        dropout: of the attention weights.
+        dropout: of the attention probabilities.
 
     Returns:
         (N, H, d).
     """
-    if qkv.device.type == "cpu" and layout.seen is None and not dropout:
-        mixed: Tensor = _PackedAttentionCPU.apply(qkv, cos, sin, layout.spans, scaling)
-        return mixed
+    if qkv.device.type == "cpu" and layout.attn_mask is None and not dropout:
+        attn_out: Tensor = _PackedAttentionCPU.apply(qkv, cos, sin, layout.segments, scaling)
+        return attn_out
     query, key = apply_rotary_emb(qkv[:, :2], cos, sin).unbind(1)
     value = qkv[:, 2]
-    if layout.seen is not None:  # shapes that depend on the batch's alone: MPS keeps memory for every new shape
-        # (B, H, T, d)
-        query, key, value = (x.unflatten(0, (len(layout.seen), -1)).transpose(1, 2) for x in (query, key, value))
-        masked = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=layout.seen, dropout_p=dropout, scale=scaling
-        )
-        return masked.transpose(1, 2).flatten(0, 1)
-    if layout.ends is not None and not dropout and qkv.dtype in (torch.bfloat16, torch.float16):
-        longest = max(end - start for start, end in layout.spans)
+    if layout.attn_mask is not None:  # all shapes depend on (B, T) only: MPS keeps memory for every new shape
+        return _masked_attention(query, key, value, layout.attn_mask, scaling, dropout)
+    if layout.cu_seqlens is not None and not dropout and qkv.dtype in (torch.bfloat16, torch.float16):
+        max_len = max(end - start for start, end in layout.segments)
+        cu_seqlens = layout.cu_seqlens
         output = varlen_attn(
-            query, key, value, layout.ends, layout.ends, longest, longest, scale=scaling, window_size=(-1, 0)
+            query, key, value, cu_seqlens, cu_seqlens, max_len, max_len, scale=scaling, window_size=(-1, 0)
         )
         assert isinstance(output, Tensor)
         return output
-    parts = []
-    for start, end in layout.spans:
+    outputs = []
+    for start, end in layout.segments:
         q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
-        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
-        parts.append(part.transpose(0, 1))
-    return torch.cat(parts)
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    """(N, H, d), over whole rows with a mask."""
+    # (B, H, T, d)
+    query, key, value = (x.unflatten(0, (len(attn_mask), -1)).transpose(1, 2) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout, scale=scaling)
+    return output.transpose(1, 2).flatten(0, 1)
 
 
 def apply_rotary_emb(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of the first R elements of (N, ..., d): pairs of one element of each half."""
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the first R elements of (N, ..., d).
+
+    Element i of the first R / 2 and element i of the second R / 2 form a pair.
+    """
     half = cos.shape[-1]
-    shape = (len(cos), *[1] * (heads.ndim - 2), half)
-    cos, sin = cos.view(shape), sin.view(shape)
+    broadcast = (len(cos), *[1] * (heads.ndim - 2), half)
+    cos, sin = cos.view(broadcast), sin.view(broadcast)
     first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
 class _PackedAttentionCPU(torch.autograd.Function):
-    """On the CPU: rotary and attention as batched products; weights are worked out again in backward, not kept.
+    """On the CPU: rotary and attention as batched matmuls; probabilities are recomputed in backward, not saved.
 
-    Queries, keys and values of an example lie together, (3, H, n, d), because a batched product copies what does not.
+    Queries, keys and values of an example are contiguous, (3, H, n, d): a batched matmul copies what is not.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[Span], scaling: float) -> Tensor:
-        turned, dtype = qkv.new_empty(qkv.numel()), matmul_dtype(qkv)
-        mixed = torch.empty_like(qkv[:, 0])
-        for start, end in spans:
-            own = _of_example(turned, start, end, qkv.shape)
-            own.copy_(qkv[start:end].permute(1, 2, 0, 3))
-            apply_rotary_emb_(own[:2], cos[start:end], sin[start:end])
-            query, key, value = own.to(dtype)
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment], scaling: float) -> Tensor:
+        qkv_rotated, dtype = qkv.new_empty(qkv.numel()), matmul_dtype(qkv)
+        attn_out = torch.empty_like(qkv[:, 0])
+        for start, end in segments:
+            segment_qkv = _segment_view(qkv_rotated, start, end, qkv.shape)
+            segment_qkv.copy_(qkv[start:end].permute(1, 2, 0, 3))
+            apply_rotary_emb_(segment_qkv[:2], cos[start:end], sin[start:end])
+            query, key, value = segment_qkv.to(dtype)
             for first in range(0, end - start, QUERY_BLOCK):
                 last = min(first + QUERY_BLOCK, end - start)
-                weights = _weights(query[:, first:last], key[:, :last], scaling)
-                mixed[start + first : start + last] = torch.bmm(weights, value[:, :last]).transpose(0, 1)
-        ctx.save_for_backward(turned, cos, sin)
-        ctx.spans, ctx.scaling, ctx.shape = spans, scaling, qkv.shape
-        return mixed
+                probs = _attn_probs(query[:, first:last], key[:, :last], scaling)
+                attn_out[start + first : start + last] = torch.bmm(probs, value[:, :last]).transpose(0, 1)
+        ctx.save_for_backward(qkv_rotated, cos, sin)
+        ctx.segments, ctx.scaling, ctx.shape = segments, scaling, qkv.shape
+        return attn_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        turned, cos, sin = ctx.saved_tensors
-        grads, dtype = grad.new_empty(ctx.shape), matmul_dtype(grad)
+        qkv_rotated, cos, sin = ctx.saved_tensors
+        grad_qkv, dtype = grad.new_empty(ctx.shape), matmul_dtype(grad)
         cos, sin = cos.to(dtype), sin.to(dtype)
-        for start, end in ctx.spans:
-            query, key, value = _of_example(turned, start, end, ctx.shape).to(dtype)
-            of_mixed = torch.empty_like(query).copy_(grad[start:end].transpose(0, 1))  # (H, n, d)
-            own = of_mixed.new_empty(3, *of_mixed.shape)
-            for first in reversed(range(0, end - start, QUERY_BLOCK)):
-                last = min(first + QUERY_BLOCK, end - start)
-                some, seen = slice(first, last), slice(0, last)
-                weights = _weights(query[:, some], key[:, seen], ctx.scaling)
-                grad_weights = torch.bmm(of_mixed[:, some], value[:, seen].transpose(1, 2))
-                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                own[0, :, some] = torch.bmm(grad_scores, key[:, seen]).mul_(ctx.scaling)
-                parts = (
-                    torch.bmm(grad_scores.transpose(1, 2), query[:, some]).mul_(ctx.scaling),
-                    torch.bmm(weights.transpose(1, 2), of_mixed[:, some]),
-                )
-                for row, part in enumerate(parts, 1):
-                    if last == end - start:  # the last queries see all keys of the example, and come first
-                        own[row] = part
-                    else:
-                        own[row, :, seen] += part
-            apply_rotary_emb_(own[:2], cos[start:end], -sin[start:end])
-            grads[start:end] = own.permute(2, 0, 1, 3)
-        return grads, None, None, None, None
+        for start, end in ctx.segments:
+            segment_qkv = _segment_view(qkv_rotated, start, end, ctx.shape).to(dtype)
+            grad_segment = _segment_backward(segment_qkv, grad[start:end], ctx.scaling)
+            apply_rotary_emb_(grad_segment[:2], cos[start:end], -sin[start:end])
+            grad_qkv[start:end] = grad_segment.permute(2, 0, 1, 3)
+        return grad_qkv, None, None, None, None
 
 
-def _of_example(turned: Tensor, start: int, end: int, shape: torch.Size) -> Tensor:
-    """(3, H, n, d): queries, keys and values of an example, in the memory of those of (N, 3, H, d)."""
+def _segment_backward(segment_qkv: Tensor, grad: Tensor, scaling: float) -> Tensor:
+    """(3, H, n, d): the gradient of an example's rotated queries and keys and of its values.
+
+    Args:
+        segment_qkv: (3, H, n, d).
+        grad: (n, H, d), of the output.
+        scaling: of the scores.
+    """
+    query, key, value = segment_qkv
+    grad_attn_out = torch.empty_like(query).copy_(grad.transpose(0, 1))  # (H, n, d)
+    grad_segment = grad_attn_out.new_empty(3, *grad_attn_out.shape)
+    length = query.shape[1]
+    # From the last block, whose queries attend to all keys of the example: it fills what the others add to.
+    for first in reversed(range(0, length, QUERY_BLOCK)):
+        last = min(first + QUERY_BLOCK, length)
+        query_block, visible = slice(first, last), slice(0, last)
+        probs = _attn_probs(query[:, query_block], key[:, visible], scaling)
+        grad_probs = torch.bmm(grad_attn_out[:, query_block], value[:, visible].transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        grad_segment[0, :, query_block] = torch.bmm(grad_scores, key[:, visible]).mul_(scaling)
+        grad_key = torch.bmm(grad_scores.transpose(1, 2), query[:, query_block]).mul_(scaling)
+        grad_value = torch.bmm(probs.transpose(1, 2), grad_attn_out[:, query_block])
+        if last == length:
+            grad_segment[1], grad_segment[2] = grad_key, grad_value
+        else:
+            grad_segment[1, :, visible] += grad_key
+            grad_segment[2, :, visible] += grad_value
+    return grad_segment
+
+
+def _segment_view(qkv_rotated: Tensor, start: int, end: int, shape: torch.Size) -> Tensor:
+    """(3, H, n, d): queries, keys and values of an example, in the memory that its tokens have in (N, 3, H, d)."""
     _, three, heads, width = shape
-    each = three * heads * width
-    return turned[start * each : end * each].view(three, heads, end - start, width)
+    numel = three * heads * width
+    return qkv_rotated[start * numel : end * numel].view(three, heads, end - start, width)
 
 
-def _weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """(H, queries, keys): softmax of the scores, where the last query sees all keys."""
-    queries, keys = query.shape[1], key.shape[1]
-    future = torch.full((queries, keys), float("-inf"), dtype=query.dtype).triu_(keys - queries + 1)
+def _attn_probs(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """(H, queries, keys): softmax of the scores, where the last query attends to all keys."""
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    future = torch.full((num_queries, num_keys), float("-inf"), dtype=query.dtype).triu_(num_keys - num_queries + 1)
     return torch.baddbmm(future, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
 
 
 def apply_rotary_emb_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding of (..., N, d), as rotate does."""
+    """apply_rotary_emb of (..., N, d), in place."""
     half = cos.shape[-1]
     first, second = heads[..., :half], heads[..., half : 2 * half]
-    turned = first * cos - second * sin
+    first_rotated = first * cos - second * sin
     second.mul_(cos).addcmul_(first, sin)
-    first.copy_(turned)
+    first.copy_(first_rotated)

@@ -1,10 +1,10 @@
-"""Elementwise: what stands between the products of a block, in few passes over memory.
+"""Kernels: the elementwise operations between the matrix products of a block, in few passes over memory.
 
     fc1's output (N, F) -> GELU -> (N, F)
-    hidden + dropout(attended) + dropout(thought), each (N, D) -> (N, D)
+    hidden + dropout(attn_output) + dropout(mlp_output), each (N, D) -> (N, D)
 
-On a CPU with AMX a product of Phi-2's width takes some ten milliseconds, and torch's own tanh or dropout over its
-output as long again. A GPU has kernels for both, which are used there.
+On a CPU with AMX a matrix product of Phi-2's width takes some ten milliseconds, and torch's own tanh or dropout over
+its output takes as long again. A GPU has kernels for both, which are used there.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-PIECE = 2**17  # elements that GELU works on at a time: a few float32 copies of them fit a core's cache
+CHUNK_NUMEL = 2**17  # elements that GELU processes at a time: a few float32 copies of them fit a core's cache
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -34,24 +34,25 @@ def gelu(x: Tensor) -> Tensor:
 class _Gelu(torch.autograd.Function):
     """x sigmoid(2 u) = 0.5 x (1 + tanh u), where u = sqrt(2 / pi) (x + 0.044715 x^3).
 
-    A sigmoid costs a third of a tanh, and one of them gives value and slope: the slope is kept in place of x.
+    A sigmoid costs a third of a tanh, and the same sigmoid gives value and slope. Backward needs the slope only, so the
+    slope is saved instead of x.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        flat, exact = x.reshape(-1), torch.promote_types(x.dtype, torch.float32)
+        flat, acc_dtype = x.reshape(-1), torch.promote_types(x.dtype, torch.float32)
         value, slope = torch.empty_like(flat), torch.empty_like(flat)
-        linear = torch.tensor(2 * math.sqrt(2 / math.pi), dtype=exact)
+        linear = torch.tensor(2 * math.sqrt(2 / math.pi), dtype=acc_dtype)
         cubic = 0.044715 * linear.item()
-        for start in range(0, len(flat), PIECE):
-            some = slice(start, start + PIECE)
-            piece = flat[some].to(exact)
-            share = torch.addcmul(linear, piece, piece, value=cubic).mul_(piece).sigmoid_()
-            product = piece * share
-            value[some] = product
-            # The slope is share + x share (1 - share) (2 u)'.
-            rest = torch.addcmul(product, product, share, value=-1)
-            slope[some] = torch.addcmul(linear, piece, piece, value=3 * cubic).mul_(rest).add_(share)
+        for start in range(0, len(flat), CHUNK_NUMEL):
+            chunk = slice(start, start + CHUNK_NUMEL)
+            x_chunk = flat[chunk].to(acc_dtype)
+            gate = torch.addcmul(linear, x_chunk, x_chunk, value=cubic).mul_(x_chunk).sigmoid_()
+            product = x_chunk * gate
+            value[chunk] = product
+            # The slope is gate + x gate (1 - gate) (2 u)'.
+            gate_slope = torch.addcmul(product, product, gate, value=-1)
+            slope[chunk] = torch.addcmul(linear, x_chunk, x_chunk, value=3 * cubic).mul_(gate_slope).add_(gate)
         ctx.save_for_backward(slope)
         return value.view_as(x)
 
@@ -62,56 +63,60 @@ class _Gelu(torch.autograd.Function):
         return grad * slope.view_as(grad)
 
 
-def dropout_add_residual(hidden: Tensor, attended: Tensor, thought: Tensor, *, dropout: float) -> Tensor:
-    """hidden + dropout(attended) + dropout(thought), drawn from torch's default generator.
+def dropout_add_residual(hidden: Tensor, attn_output: Tensor, mlp_output: Tensor, *, dropout: float) -> Tensor:
+    """hidden + dropout(attn_output) + dropout(mlp_output), drawn from torch's default generator.
 
     Args:
-        hidden, attended, thought: of one shape.
-        dropout: the share that is dropped; on a CPU the nearest of 65,536 ones.
+        hidden, attn_output, mlp_output: tensors of one shape.
+        dropout: the fraction that is dropped; on a CPU it is rounded to a multiple of 1 / 65,536.
     """
-    dropped = round(dropout * 2**16)
-    if dropped and hidden.device.type == "cpu":
-        keep_attended, keep_thought = _sample_dropout_mask(hidden, dropped), _sample_dropout_mask(hidden, dropped)
-        grow = 2**16 / (2**16 - dropped)
-        total: Tensor = _DropoutAddResidual.apply(hidden, attended, thought, keep_attended, keep_thought, grow)
+    drop_per_65536 = round(dropout * 2**16)
+    if drop_per_65536 and hidden.device.type == "cpu":
+        attn_mask, mlp_mask = (sample_dropout_mask(hidden, drop_per_65536) for _ in range(2))
+        dropout_scale = 2**16 / (2**16 - drop_per_65536)
+        total: Tensor = _DropoutAddResidual.apply(hidden, attn_output, mlp_output, attn_mask, mlp_mask, dropout_scale)
         return total
-    return F.dropout(attended, dropout).add_(F.dropout(thought, dropout)).add_(hidden)
+    return F.dropout(attn_output, dropout).add_(F.dropout(mlp_output, dropout)).add_(hidden)
 
 
-def _sample_dropout_mask(like: Tensor, dropped: int) -> Tensor:
-    """Which elements dropout keeps, 1 or 0 in int8, where it drops so many of 65,536.
+def sample_dropout_mask(like: Tensor, drop_per_65536: int) -> Tensor:
+    """int8 mask in the shape of `like`: 1 where dropout keeps an element, 0 where it drops one.
 
-    Four elements to a number of 64 bits, from a small fast generator whose seed torch draws: torch's own draws one
-    number after another on a CPU, and would take longer than all else that stands between two products. int8, because
-    torch turns it into another dtype five times as fast as bool.
+    Each 64-bit number gives four elements. The numbers come from a small fast generator that torch's default generator
+    seeds: torch itself draws one number after another on a CPU, which would take longer than everything else between
+    two matrix products. int8, because torch converts it five times as fast as bool.
+
+    Args:
+        like: gives the shape.
+        drop_per_65536: how many of 65,536 elements are dropped on average.
     """
     seed = int(torch.randint(2**63 - 1, ()))
     numbers = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))
     draws = torch.from_numpy(numbers.view(np.int16))[: like.numel()].view(like.shape)
-    return draws.ge_(dropped - 2**15).to(torch.int8)
+    return draws.ge_(drop_per_65536 - 2**15).to(torch.int8)
 
 
 class _DropoutAddResidual(torch.autograd.Function):
-    """hidden + dropout(attended) + dropout(thought): what is kept is given, and what it is multiplied by."""
+    """hidden + scale attn_mask attn_output + scale mlp_mask mlp_output."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        attended: Tensor,
-        thought: Tensor,
-        keep_attended: Tensor,
-        keep_thought: Tensor,
-        grow: float,
+        attn_output: Tensor,
+        mlp_output: Tensor,
+        attn_mask: Tensor,
+        mlp_mask: Tensor,
+        dropout_scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(keep_attended, keep_thought)
-        ctx.grow = grow
-        total = torch.addcmul(hidden, attended, keep_attended.to(hidden.dtype), value=grow)
-        return total.addcmul_(thought, keep_thought.to(hidden.dtype), value=grow)
+        ctx.save_for_backward(attn_mask, mlp_mask)
+        ctx.dropout_scale = dropout_scale
+        total = torch.addcmul(hidden, attn_output, attn_mask.to(hidden.dtype), value=dropout_scale)
+        return total.addcmul_(mlp_output, mlp_mask.to(hidden.dtype), value=dropout_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grown = grad * ctx.grow
-        attended, thought = (keep.to(grad.dtype).mul_(grown) for keep in ctx.saved_tensors)
-        return grad, attended, thought, None, None, None
+        scaled_grad = grad * ctx.dropout_scale
+        grad_attn, grad_mlp = (mask.to(grad.dtype).mul_(scaled_grad) for mask in ctx.saved_tensors)
+        return grad, grad_attn, grad_mlp, None, None, None

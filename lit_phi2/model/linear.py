@@ -1,13 +1,14 @@
-"""Products: activations times weights that stay as they are, in bfloat16 also on a CPU that cannot multiply it.
+"""Linear: matrix products with frozen weights, and the linear layer that holds such weights.
 
-    x (N, K), matrix (K, M) -> x matrix (N, M)        W^T on the way forward, W on the way back
+    x (N, K) @ matrix (K, M) -> (N, M)        W^T in the forward pass, W in the backward pass
 
-On a CPU torch multiplies bfloat16 by AMX or AVX512-BF16. Without them it has loops that take seven times as long as a
-product in float32, and backward three hundred times. There the matrix becomes float32 a piece at a time, each small
-enough for a cache: float32's pace, with half of its memory. The sums are float32's, as AMX keeps them, and are rounded
-once.
+A CPU multiplies bfloat16 fast only with AMX or AVX512-BF16. On other CPUs torch falls back to loops that take seven
+times as long as float32 in the forward pass and three hundred times as long in the backward pass. There the matrix is
+converted to float32 in chunks that fit a cache, which gives the speed of float32 with half its memory. Sums are kept in
+float32, as AMX does, and rounded once.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,17 +17,58 @@ from torch.autograd.function import once_differentiable
 
 from lit_phi2.model.device import has_native_bf16
 
-EMULATE_BF16 = not has_native_bf16(torch.device("cpu"))[0]
-PIECE = 2**21  # elements that are float32 at a time: 8 MiB
-EMULATION_MIN_ROWS = (
-    4  # rows up to which torch's own loops are the faster ones: answers are written one token at a time
-)
+CHUNK_NUMEL = 2**21  # elements of a weight that are float32 at the same time: 8 MiB
+EMULATION_MIN_ROWS = 5  # with fewer rows torch's own loops are faster: decoding multiplies one token per completion
 
 
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which x, (N, ...), is best multiplied: its own, or float32 in place of bfloat16."""
-    emulated = EMULATE_BF16 and x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) > EMULATION_MIN_ROWS
-    return torch.float32 if emulated else x.dtype
+class FrozenLinear(nn.Linear):
+    """nn.Linear for weights that are not trained.
+
+    `matmul`, `matmul_t` and `rows` are the only ways in which the LoRA layer and the loss read the weight, so another
+    storage format can replace them.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out); differentiable in the input."""
+        x = input.reshape(-1, input.shape[-1])
+        if self.weight.requires_grad or matmul_dtype(x) == self.weight.dtype:
+            return super().forward(input)
+        output: Tensor = _FrozenLinearFn.apply(x, self)
+        return output.view(*input.shape[:-1], -1)
+
+    def matmul(
+        self, x: Tensor, *, lora_x: Tensor | None = None, lora_b: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """x W^T + bias + scale lora_x lora_b, (N, in) -> (N, out), without a gradient.
+
+        Args:
+            x: (N, in).
+            lora_x, lora_b: (N, r) and (r, out), a low-rank update; both or neither.
+            scale: of the update.
+        """
+        return frozen_matmul(x, self.weight.t(), bias=self.bias, lora_x=lora_x, lora_b=lora_b, scale=scale)
+
+    def matmul_t(self, grad: Tensor, *, lora_x: Tensor | None = None, lora_b: Tensor | None = None) -> Tensor:
+        """grad W + lora_x lora_b, (N, out) -> (N, in), without a gradient: the gradient of the input of `matmul`."""
+        return frozen_matmul(grad, self.weight, lora_x=lora_x, lora_b=lora_b)
+
+    def rows(self, index: slice | Tensor) -> Tensor:
+        """(n, in): the weights of some output features, in the dtype of the layer."""
+        return self.weight[index]
+
+
+class _FrozenLinearFn(torch.autograd.Function):
+    """x W^T + bias and its gradient with respect to x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.matmul(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.layer.matmul_t(grad) if ctx.needs_input_grad[0] else None, None
 
 
 def frozen_matmul(
@@ -34,71 +76,58 @@ def frozen_matmul(
     matrix: Tensor,
     *,
     bias: Tensor | None = None,
-    low: Tensor | None = None,
-    up: Tensor | None = None,
+    lora_x: Tensor | None = None,
+    lora_b: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """x matrix + bias + scale low up, (N, K) -> (N, M), in the dtype of x; without a gradient.
+    """x matrix + bias + scale lora_x lora_b, (N, K) -> (N, M), in the dtype of x, without a gradient.
 
     Args:
         x: (N, K).
         matrix: (K, M), in the dtype of x or in bfloat16.
         bias: (M,).
-        low, up: (N, r) and (r, M), an update of low rank; both or none.
+        lora_x, lora_b: (N, r) and (r, M), a low-rank update; both or neither.
         scale: of the update.
     """
     dtype = matmul_dtype(x)
     if dtype == matrix.dtype:
         out = x @ matrix if bias is None else torch.addmm(bias, x, matrix)
-        return out if low is None or up is None else out.addmm_(low.to(dtype), up.to(dtype), alpha=scale)
-    rows, columns = matrix.shape
-    # Along the longer side, so that what is multiplied by the pieces is small and is read over and over.
-    width = max(1, PIECE // max(len(x), min(rows, columns)))
-    pieces = [slice(start, start + width) for start in range(0, max(rows, columns), width)]
-    if rows <= columns:
-        out, exact = x.new_empty(len(x), columns), x.to(dtype)
-        for some in pieces:
-            out[:, some] = _add_bias_and_lora(exact @ matrix[:, some].to(dtype), some, bias, low, up, scale)
+        return out if lora_x is None or lora_b is None else out.addmm_(lora_x.to(dtype), lora_b.to(dtype), alpha=scale)
+    num_in, num_out = matrix.shape
+    # Chunks run along the longer side, so that the other operand is small and is read again from a cache.
+    width = max(1, CHUNK_NUMEL // max(len(x), min(num_in, num_out)))
+    chunks = [slice(start, start + width) for start in range(0, max(num_in, num_out), width)]
+    if num_in <= num_out:
+        out, x_acc = x.new_empty(len(x), num_out), x.to(dtype)
+        for chunk in chunks:
+            acc = x_acc @ matrix[:, chunk].to(dtype)
+            out[:, chunk] = _add_bias_and_lora(acc, chunk, bias, lora_x, lora_b, scale)
         return out
-    total = x.new_zeros(len(x), columns, dtype=dtype)
-    for some in pieces:
-        total.addmm_(x[:, some].to(dtype), matrix[some].to(dtype))
-    return _add_bias_and_lora(total, slice(None), bias, low, up, scale).to(x.dtype)
+    acc = x.new_zeros(len(x), num_out, dtype=dtype)
+    for chunk in chunks:
+        acc.addmm_(x[:, chunk].to(dtype), matrix[chunk].to(dtype))
+    return _add_bias_and_lora(acc, slice(None), bias, lora_x, lora_b, scale).to(x.dtype)
 
 
 def _add_bias_and_lora(
-    total: Tensor, some: slice, bias: Tensor | None, low: Tensor | None, up: Tensor | None, scale: float
+    acc: Tensor, columns: slice, bias: Tensor | None, lora_x: Tensor | None, lora_b: Tensor | None, scale: float
 ) -> Tensor:
-    """Add, in place, what belongs to some columns."""
+    """Add the bias and the low-rank update of some columns to their sums, in place."""
     if bias is not None:
-        total.add_(bias[some])
-    if low is not None and up is not None:
-        total.addmm_(low.to(total.dtype), up[:, some].to(total.dtype), alpha=scale)
-    return total
+        acc.add_(bias[columns])
+    if lora_x is not None and lora_b is not None:
+        acc.addmm_(lora_x.to(acc.dtype), lora_b[:, columns].to(acc.dtype), alpha=scale)
+    return acc
 
 
-class FrozenLinear(nn.Linear):
-    """nn.Linear, whose frozen weights are multiplied as above."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        flat = input.reshape(-1, input.shape[-1])
-        if self.weight.requires_grad or matmul_dtype(flat) == input.dtype:
-            return super().forward(input)
-        output: Tensor = _FrozenLinearFn.apply(flat, self.weight, self.bias)
-        return output.view(*input.shape[:-1], -1)
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x, (N, ...), is multiplied: its own, or float32 where the CPU has no bfloat16."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) < EMULATION_MIN_ROWS:
+        return x.dtype
+    return torch.float32 if emulates_bf16() else x.dtype
 
 
-class _FrozenLinearFn(torch.autograd.Function):
-    """x W^T + bias, (N, in) -> (N, out), and its gradient to x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return frozen_matmul(x, weight.t(), bias=bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        (weight,) = ctx.saved_tensors
-        return frozen_matmul(grad, weight) if ctx.needs_input_grad[0] else None, None, None
+@functools.cache
+def emulates_bf16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 in float32, because it has no instructions for it."""
+    return not has_native_bf16(torch.device("cpu"))[0]

@@ -1,4 +1,9 @@
-"""model/loading.py."""
+"""Loading: the weights of an ordinary Phi checkpoint, streamed into the fused model.
+
+    q_proj.weight, k_proj.weight, v_proj.weight, each (D, D)  ->  rows of Wqkv.weight (3 D, D); everything else by name
+
+Rows are copied and nothing is computed, so the fused model is exactly the checkpoint's.
+"""
 
 import json
 from collections.abc import Iterator
@@ -8,9 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PhiConfig
-from transformers.models.phi.modeling_phi import (
-    PhiRotaryEmbedding,
-)
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from lit_phi2.errors import InputError
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
@@ -18,13 +21,12 @@ from lit_phi2.pretrained import BaseModel
 
 
 def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
-    """The base on the CPU, in eval mode, its weights in dtype; nothing is downloaded here.
+    """Load the base on the CPU, in eval mode, with its weights in dtype. Nothing is downloaded.
 
-    Tensor by tensor, so that no more of the files is in memory than the tensor being copied: a float16 Phi-2 of 5.6 GB
-    takes 5.6 GB in bfloat16 and never twice that.
+    Weights are read one tensor at a time, so a float16 Phi-2 of 5.6 GB takes 5.6 GB in bfloat16 and never twice that.
 
     Raises:
-        InputError: a weight is missing, left over, of another shape, or its file is damaged.
+        InputError: a weight is missing, unexpected or of another shape, or its file is damaged.
     """
     config = PhiConfig.from_pretrained(base.folder, local_files_only=True)
     config.dtype = dtype
@@ -32,34 +34,39 @@ def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
         model = FusedPhiForCausalLM(config)
     nn.Module.to(model, dtype).to_empty(device="cpu")
     model.model.rotary_emb = PhiRotaryEmbedding(config)  # its frequencies are computed, not saved
-    places = dict(_hf_parameter_views(model))
-    faults: dict[str, list[str]] = {"missing keys": [], "mismatched keys": [], "unexpected keys": []}
-    missing = set(places)
     try:
-        for name, weight in _read_weights(base.folder):
-            if name not in places:
-                faults["unexpected keys"].append(name)
-            elif weight.shape != places[name].shape:
-                faults["mismatched keys"].append(name)
-            else:
-                places[name].copy_(weight)
-            missing.discard(name)
+        problems = _copy_weights(base.folder, dict(_hf_parameter_views(model)))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"model.base: the weights in {base.folder} cannot be read ({error}). Get them anew."
+            f"model.base: the weights in {base.folder} cannot be read ({error}). Download them again."
         ) from error
-    faults["missing keys"] = sorted(missing)
-    for kind, names in faults.items():
+    for kind, names in problems.items():
         if names:
             raise InputError(
-                f"model.base: the weights in {base.folder} do not fit its config.json: {kind}, the first of "
-                f"{len(names)} is {min(names)}. Get them anew."
+                f"model.base: the weights in {base.folder} do not match its config.json: {kind}, the first of "
+                f"{len(names)} is {min(names)}. Download them again."
             )
     return model.eval()
 
 
+def _copy_weights(folder: Path, views: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Copy the weights of a checkpoint; returns the names of those that do not fit, by kind of problem."""
+    mismatched: list[str] = []
+    unexpected: list[str] = []
+    missing = set(views)
+    for name, weight in _iter_weights(folder):
+        if name not in views:
+            unexpected.append(name)
+        elif weight.shape != views[name].shape:
+            mismatched.append(name)
+        else:
+            views[name].copy_(weight)
+        missing.discard(name)
+    return {"missing keys": sorted(missing), "mismatched keys": mismatched, "unexpected keys": unexpected}
+
+
 def _hf_parameter_views(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Each weight of the ordinary Phi and the memory that it goes to: the rows of Wqkv are q's, then k's, then v's."""
+    """Each parameter of transformers' Phi by its name there, as a view of the fused model's memory."""
     for name, parameter in model.named_parameters():
         if ".Wqkv." not in name:
             yield name, parameter.data
@@ -68,8 +75,8 @@ def _hf_parameter_views(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tenso
             yield name.replace(".Wqkv.", f".{projection}_proj."), rows
 
 
-def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint, one after another, each mapped to its file until it is let go."""
+def _iter_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint, one at a time, each mapped from its file until it is released."""
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.is_file():
@@ -77,16 +84,13 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for shard in shards:
         with safe_open(folder / shard, "pt") as file:
             names = list(file.keys())
-        for name in names:  # opened anew for each: what was read stays in memory until the file is closed
+        for name in names:  # the file is opened for each tensor: what was read stays in memory until it is closed
             with safe_open(folder / shard, "pt") as file:
                 yield name, file.get_tensor(name)
 
 
 def linear_layers(base: BaseModel) -> dict[str, int]:
-    """The names of the linear layers of a block, and how many blocks have each, without loading the base.
-
-    Block by block, so that a target can be asked to match equally many per layer.
-    """
+    """Name of each linear layer of a block -> number of blocks that have it, without loading the base."""
     with torch.device("meta"):
         blocks = FusedPhiForCausalLM(PhiConfig.from_pretrained(base.folder, local_files_only=True)).model.layers
     names = [name.rpartition(".")[2] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]

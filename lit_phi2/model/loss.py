@@ -1,9 +1,9 @@
 """Loss: hidden states and labels -> summed nats and the number of supervised tokens.
 
     hidden   h0 h1 h2 h3 h4        the state at t is scored against the label at t + 1
-    labels   .  .  .  r  E         so here only h2 and h3 reach the head
+    labels   .  .  .  r  E         so only h2 and h3 reach the output layer here
 
-Phi-2's head is 51,200 x 2,560: prompt and padding rows never pay for it.
+Phi-2's output layer is 51,200 x 2,560, so prompt and padding positions must not reach it.
 """
 
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-from lit_phi2.model.linear import frozen_matmul, matmul_dtype
+from lit_phi2.model.linear import FrozenLinear, frozen_matmul, matmul_dtype
 from lit_phi2.types import IGNORE_INDEX
 
-LOGITS_BYTES = 64 * 2**20  # at most, of logits at one time, whatever the batch
-VOCAB_CHUNK = {"cpu": 4096}  # tokens of the vocabulary at a time, at most, where a cache is to hold their logits
-PAD_ROWS_TO = 32  # positions in the head's products are a multiple of it
+LOGITS_BYTES = 64 * 2**20  # upper bound on the logits in memory at the same time, for any batch
+VOCAB_CHUNK = {"cpu": 4096}  # upper bound on tokens of the vocabulary per chunk, so that its logits fit a cache
+PAD_ROWS_TO = 32  # the number of positions in the output layer's matmuls is rounded up to a multiple of it
 
 
 class Loss(NamedTuple):
@@ -27,8 +27,8 @@ class Loss(NamedTuple):
     Attributes:
         nats: scalar float32, summed cross-entropy over supervised tokens.
         num_tokens: scalar int64, supervised tokens.
-        num_correct: scalar int64, supervised tokens whose logit is the largest; of equal ones the first, except with
-            gradients, where it is as good to be one of them.
+        num_correct: scalar int64, supervised tokens whose logit is the largest. Of several equal logits the first
+            counts; with gradients each of them counts.
     """
 
     nats: Tensor
@@ -37,19 +37,19 @@ class Loss(NamedTuple):
 
 
 def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
-    """Summed next-token cross-entropy over supervised tokens.
+    """Summed next-token cross-entropy, and the number of tokens it covers.
 
     Args:
-        hidden: (B, T, D), any float type.
-        labels: (B, T) int64; IGNORE_INDEX where no loss is wanted (prompt, padding).
-        head: (N, D) -> (N, V); sees supervised positions only. Its logits are reduced in float32.
+        hidden: (B, T, D), any float dtype.
+        labels: (B, T) int64; IGNORE_INDEX where there is no loss (prompt, padding).
+        head: (N, D) -> (N, V); applied to supervised positions only. Logits are reduced in float32.
 
     Returns:
-        Sums. Without a supervised token the nats are zero and still connected to the hidden states, so that
-        backward works on a rank that has nothing to do.
+        Sums. Without a supervised token the nats are zero and still connected to the hidden states, so that backward
+        works on a rank that has no rows in a ragged window.
 
     Raises:
-        ValueError: hidden and labels do not cover the same tokens.
+        ValueError: hidden and labels cover different tokens.
 
     >>> labels = torch.tensor([[IGNORE_INDEX, 2, 5]])
     >>> loss = causal_lm_loss(torch.zeros(1, 3, 4), labels, nn.Linear(4, 8, bias=False))
@@ -60,81 +60,117 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
         raise ValueError(f"hidden covers {tuple(hidden.shape[:2])} tokens but labels {tuple(labels.shape)}")
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
-    picked, targets = hidden[:, :-1][supervised], targets[supervised]
+    supervised_hidden, targets = hidden[:, :-1][supervised], targets[supervised]
     if not len(targets):
         zero = torch.zeros((), dtype=torch.int64, device=hidden.device)
         return Loss(nats=hidden.float().sum() * 0.0, num_tokens=zero, num_correct=zero)
-    if isinstance(head, nn.Linear) and not any(parameter.requires_grad for parameter in head.parameters()):
-        nats, correct = _ChunkedCrossEntropy.apply(picked, head.weight, head.bias, targets)
-        return Loss(nats, supervised.sum(), correct)
-    logits = head(picked)
+    if isinstance(head, FrozenLinear) and not any(parameter.requires_grad for parameter in head.parameters()):
+        nats, num_correct = _ChunkedCrossEntropy.apply(supervised_hidden, head, targets)
+        return Loss(nats, supervised.sum(), num_correct)
+    logits = head(supervised_hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = F.cross_entropy(logits, targets, reduction="sum")
     return Loss(nats, supervised.sum(), (logits.detach().argmax(-1) == targets).sum())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a frozen head, a slice of the vocabulary at a time, so that logits take LOGITS_BYTES at most.
+    """Cross-entropy of a frozen output layer, a chunk of the vocabulary at a time.
 
-    The softmax is carried from slice to slice by its largest logit and its sum, as online softmax does (Milakov and
-    Gimelshein 2018, arXiv:1805.02867), so every product has all positions and every weight is read once each way. The
-    gradient of the hidden states is gathered on the way; backward only has to scale it.
+    Logits take at most LOGITS_BYTES. The softmax is carried from chunk to chunk by its largest logit and its sum, as
+    online softmax does (Milakov and Gimelshein 2018, arXiv:1805.02867), so every matmul has all positions, and every
+    weight is read once in each direction. The gradient of the hidden states is accumulated in forward; backward only
+    scales it.
 
-    All slices are worked on in the same memory, small enough for a cache, and positions are rounded up to ROWS: a
-    product of a shape that was not seen before is compiled first, for longer than it takes.
+    All chunks use the same memory, which fits a cache, and positions are rounded up to PAD_ROWS_TO: a CPU compiles a
+    matmul of a new shape for longer than the matmul takes.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        num, exact = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
-        column = hidden.new_zeros(num, 1, dtype=exact)
-        largest, total, at_target = torch.full_like(column, float("-inf")), column.clone(), column.clone()
-        best = torch.zeros_like(targets)
-        # Of the other tokens: their weights, each times exp(its logit - largest).
-        mixed = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
-        padded = F.pad(hidden.to(matmul_dtype(hidden)), (0, 0, 0, -num % PAD_ROWS_TO))
-        most = max(1, LOGITS_BYTES // (len(padded) * (exact.itemsize + padded.dtype.itemsize)))
-        most = min(most, VOCAB_CHUNK.get(hidden.device.type, most))
-        width = -(-len(weight) // -(-len(weight) // most))  # slices of about the same width
-        scores = hidden.new_empty(num * width, dtype=exact)
-        for start in range(0, len(weight), width):
-            part = weight[start : start + width]
-            product = frozen_matmul(padded, part.t())
-            logits = scores[: num * len(part)].view(num, -1).copy_(product[:num])
-            if bias is not None:
-                logits.add_(bias[start : start + width])
-            # Masks, not indices of the targets that are here: a GPU would have to be waited for at each slice.
-            place = (targets - start)[:, None]
-            here = (place >= 0) & (place < len(part))
-            place = place.clamp(0, len(part) - 1)
-            at_target = torch.where(here, logits.gather(1, place), at_target)
-            top = logits.amax(-1, keepdim=True)
-            if mixed is None:  # where it is measured; finding the place takes ten times as long as finding the value
-                best = torch.where((top > largest).flatten(), logits.argmax(-1) + start, best)
-            before, largest = largest, torch.maximum(largest, top)
-            shrink = (before - largest).exp_()
-            terms = logits.sub_(largest).exp_()
-            total = total.mul_(shrink).add_(terms.sum(-1, keepdim=True))
-            if mixed is not None:
-                # Not the target's: where it is nearly sure, its share less one is small, and would drown in rounding.
-                terms.scatter_(1, place, terms.gather(1, place).masked_fill_(here, 0))
-                product[:num] = terms
-                mixed.mul_(shrink).add_(frozen_matmul(product, part)[:num])
-            del product  # or two of them would be held at once
-        nats = (largest + total.log() - at_target).sum()
-        grad = None
-        if mixed is not None:
-            missing = (at_target - largest).exp_().div_(total).sub_(1)  # softmax at the target, less one
-            grad = mixed.div_(total).addcmul_(missing, weight[targets].to(exact)).to(hidden.dtype)
-        correct = (best == targets).sum() if mixed is None else (at_target == largest).sum()
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(correct)
-        return nats, correct
+    def forward(ctx: Any, hidden: Tensor, head: FrozenLinear, targets: Tensor) -> tuple[Tensor, Tensor]:
+        softmax = _OnlineSoftmax(hidden, targets, head.out_features, with_grad=ctx.needs_input_grad[0])
+        for start in range(0, head.out_features, softmax.chunk_size):
+            chunk = slice(start, start + softmax.chunk_size)
+            bias = None if head.bias is None else head.bias[chunk]
+            softmax.add_chunk(head.rows(chunk), bias, start)
+        nats = (softmax.max_logit + softmax.sum_exp.log() - softmax.target_logit).sum()
+        ctx.save_for_backward(softmax.grad(head.rows(targets)) if softmax.with_grad else None)
+        num_correct = softmax.num_correct()
+        ctx.mark_non_differentiable(num_correct)
+        return nats, num_correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_nats: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_nats: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_nats.to(grad.dtype) if grad is not None else None, None, None, None
+        return grad * grad_nats.to(grad.dtype) if grad is not None else None, None, None
+
+
+class _OnlineSoftmax:
+    """The running softmax of N positions over the chunks of a vocabulary.
+
+    Attributes, each (N, 1) in the accumulation dtype unless given otherwise:
+        max_logit: the largest logit so far.
+        sum_exp: the sum of exp(logit - max_logit) so far.
+        target_logit: the logit of the position's target, once its chunk was added.
+        best_token: (N,) the token of the largest logit so far; not kept with gradients, because finding its place
+            takes ten times as long as finding its value.
+        weighted_rows: (N, D), the weights of the tokens other than the target, each times exp(logit - max_logit);
+            None without gradients.
+    """
+
+    def __init__(self, hidden: Tensor, targets: Tensor, vocab_size: int, *, with_grad: bool) -> None:
+        self.hidden, self.targets, self.with_grad = hidden, targets, with_grad
+        self.acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        zeros = hidden.new_zeros(len(hidden), 1, dtype=self.acc_dtype)
+        self.max_logit, self.sum_exp, self.target_logit = torch.full_like(zeros, float("-inf")), zeros, zeros.clone()
+        self.best_token = torch.zeros_like(targets)
+        self.weighted_rows = torch.zeros_like(hidden, dtype=self.acc_dtype) if with_grad else None
+        self.padded = F.pad(hidden.to(matmul_dtype(hidden)), (0, 0, 0, -len(hidden) % PAD_ROWS_TO))
+        limit = max(1, LOGITS_BYTES // (len(self.padded) * (self.acc_dtype.itemsize + self.padded.dtype.itemsize)))
+        limit = min(limit, VOCAB_CHUNK.get(hidden.device.type, limit))
+        self.chunk_size = -(-vocab_size // -(-vocab_size // limit))  # chunks of about the same size
+        self.buffer = hidden.new_empty(len(hidden) * self.chunk_size, dtype=self.acc_dtype)
+
+    def add_chunk(self, weight: Tensor, bias: Tensor | None, start: int) -> None:
+        """Add the logits of the tokens from `start` on, whose weights are (n, D)."""
+        num_positions = len(self.hidden)
+        padded_logits = frozen_matmul(self.padded, weight.t())
+        logits = self.buffer[: num_positions * len(weight)].view(num_positions, -1)
+        logits.copy_(padded_logits[:num_positions])
+        if bias is not None:
+            logits.add_(bias)
+        # Masks instead of the indices of the targets in this chunk: a GPU would have to synchronize for each chunk.
+        column = (self.targets - start)[:, None]
+        in_chunk = (column >= 0) & (column < len(weight))
+        column = column.clamp(0, len(weight) - 1)
+        self.target_logit = torch.where(in_chunk, logits.gather(1, column), self.target_logit)
+        chunk_max = logits.amax(-1, keepdim=True)
+        if not self.with_grad:
+            is_better = (chunk_max > self.max_logit).flatten()
+            self.best_token = torch.where(is_better, logits.argmax(-1) + start, self.best_token)
+        previous_max, self.max_logit = self.max_logit, torch.maximum(self.max_logit, chunk_max)
+        rescale = (previous_max - self.max_logit).exp_()
+        terms = logits.sub_(self.max_logit).exp_()
+        self.sum_exp.mul_(rescale).add_(terms.sum(-1, keepdim=True))
+        if self.weighted_rows is not None:
+            # softmax - 1 cancels when the model is confident, so `grad` adds the target's term separately.
+            terms.scatter_(1, column, terms.gather(1, column).masked_fill_(in_chunk, 0))
+            padded_logits[:num_positions] = terms  # the padded matmul below reuses this memory
+            self.weighted_rows.mul_(rescale).add_(frozen_matmul(padded_logits, weight)[:num_positions])
+
+    def grad(self, target_rows: Tensor) -> Tensor:
+        """(N, D): the gradient of the summed nats with respect to hidden.
+
+        Args:
+            target_rows: (N, D), the weights of each position's target.
+        """
+        assert self.weighted_rows is not None
+        target_term = (self.target_logit - self.max_logit).exp_().div_(self.sum_exp).sub_(1)  # softmax - 1
+        grad = self.weighted_rows.div_(self.sum_exp).addcmul_(target_term, target_rows.to(self.acc_dtype))
+        return grad.to(self.hidden.dtype)
+
+    def num_correct(self) -> Tensor:
+        """Scalar int64: positions whose target has the largest logit."""
+        if self.with_grad:
+            return (self.target_logit == self.max_logit).sum()
+        return (self.best_token == self.targets).sum()

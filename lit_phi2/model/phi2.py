@@ -1,15 +1,18 @@
 """Phi-2 with a fused Wqkv: transformers' Phi, except that q, k and v are one linear layer.
 
-    hidden (B, T, D) -> Wqkv -> (B, T, 3 D) -> q, k, v -> rotary -> attention -> dense
+    hidden (..., D) -> norm -+-> Wqkv -> (..., 3, H, d) -> attention -> (..., H, d) -> dense -+
+                             |                                                                +-> + hidden (..., D)
+                             +-> fc1 -> GELU -> fc2 ------------------------------------------+
 
-The recipe names `Wqkv`, as Phi-2 was first published. transformers keeps q_proj, k_proj and v_proj apart, where PEFT
-finds no Wqkv and says nothing. An ordinary checkpoint is fused while it is read, exactly: rows of weights are moved,
-none is computed.
+The recipe names `Wqkv`, as Phi-2 was first published. transformers keeps q_proj, k_proj and v_proj apart; PEFT finds no
+Wqkv there and gives no warning.
 
-`hidden_states` is the way through the model while it learns or is measured: only what training needs, with packed
-examples kept apart. transformers' own forward, with masks and cache, serves generation; tests hold the two together.
+`block_forward` is the only forward of a block. Training and evaluation call it with packed attention
+(`packed_forward`), generation calls it with attention over a key/value cache (`Phi2Block.forward`).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,125 +21,133 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.phi.modeling_phi import (
-    PhiAttention,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.phi.modeling_phi import PhiAttention, PhiDecoderLayer, eager_attention_forward
 
 from lit_phi2.errors import InputError
-from lit_phi2.model.attention import PackedLayout, packed_attention, packed_layout
+from lit_phi2.model.attention import apply_rotary_emb, packed_attention, packed_layout
 from lit_phi2.model.kernels import dropout_add_residual, gelu
 from lit_phi2.model.linear import FrozenLinear
 
 
-class FusedPhiAttention(PhiAttention):
-    """Phi's attention with one linear layer for q, k and v; the rows of Wqkv are q's, then k's, then v's."""
-
-    def __init__(self, config: PhiConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        del self.q_proj, self.k_proj, self.v_proj
-        width = config.num_attention_heads * self.head_dim
-        self.Wqkv = FrozenLinear(config.hidden_size, 3 * width)
-        self.dense = FrozenLinear(width, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D), with the signature of transformers' PhiAttention."""
-        shape = hidden_states.shape[:-1]
-        fused = self.Wqkv(hidden_states).view(*shape, 3, -1, self.head_dim)
-        query, key, value = fused.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, head_dim)
-        cos, sin = position_embeddings
-        query_turned, key_turned = apply_rotary_pos_emb(
-            query[..., : self.rotary_ndims], key[..., : self.rotary_ndims], cos, sin
-        )
-        query = torch.cat((query_turned, query[..., self.rotary_ndims :]), dim=-1)
-        key = torch.cat((key_turned, key[..., self.rotary_ndims :]), dim=-1)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.dense(output.reshape(*shape, -1)), weights
-
-
-class Gelu(nn.Module):
-    """gelu of `elementwise.py`, as a module in the place of transformers' own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape, elementwise."""
-        return gelu(x)
-
-
 class FusedPhiForCausalLM(PhiForCausalLM):
-    """transformers' Phi with FusedPhiAttention in every layer; load_phi2 fills it from an ordinary checkpoint.
+    """transformers' Phi with Phi2Block in every layer; `loading.load_phi2` fills it from an ordinary checkpoint.
 
     Raises:
-        InputError: the config asks for grouped keys and values or for normed queries, which no Phi-2 has.
+        InputError: the config has grouped keys and values or normalized queries, which no Phi-2 has.
     """
 
     def __init__(self, config: PhiConfig) -> None:
         if config.num_key_value_heads != config.num_attention_heads or config.qk_layernorm:
             raise InputError(
                 "model.base: a fused Wqkv needs as many key as query heads, and no qk_layernorm, as in Phi-2; this "
-                "config has other ones."
+                "config differs."
             )
         super().__init__(config)
         self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size)
-        for index, layer in enumerate(self.model.layers):
-            layer.self_attn = FusedPhiAttention(config, index)
-            layer.mlp.fc1 = FrozenLinear(config.hidden_size, config.intermediate_size)
-            layer.mlp.fc2 = FrozenLinear(config.intermediate_size, config.hidden_size)
-            if config.hidden_act == "gelu_new":  # the same function, in one pass over memory instead of six
-                layer.mlp.activation_fn = Gelu()
+        self.model.layers = nn.ModuleList(Phi2Block(config, index) for index in range(config.num_hidden_layers))
+
+
+class Phi2Block(PhiDecoderLayer):
+    """A block with FrozenLinear layers and one Wqkv, whose rows are those of q, then k, then v."""
+
+    def __init__(self, config: PhiConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        attn, mlp = self.self_attn, self.mlp
+        del attn.q_proj, attn.k_proj, attn.v_proj
+        attn_width = config.num_attention_heads * attn.head_dim
+        attn.Wqkv = FrozenLinear(config.hidden_size, 3 * attn_width)
+        attn.dense = FrozenLinear(attn_width, config.hidden_size)
+        mlp.fc1 = FrozenLinear(config.hidden_size, config.intermediate_size)
+        mlp.fc2 = FrozenLinear(config.intermediate_size, config.hidden_size)
+        if config.hidden_act == "gelu_new":  # the same function, in one pass over memory instead of six
+            mlp.activation_fn = Gelu()
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """(B, T, D) -> (B, T, D), called by transformers' PhiModel: attention over the cache, if there is one."""
+        return block_forward(self, hidden_states, partial(cached_attention, self.self_attn, **kwargs))
+
+
+class Gelu(nn.Module):
+    """`kernels.gelu` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise, any shape."""
+        return gelu(x)
 
 
 def packed_forward(
     model: FusedPhiForCausalLM, input_ids: Tensor, position_ids: Tensor, *, activation_checkpointing: bool = False
 ) -> Tensor:
-    """What the head reads, (B, T, D), with the examples of every row kept apart.
+    """(B, T, D): the input of the output layer, with the examples of every row kept apart.
 
     Args:
         model: with or without adapters in its layers.
         input_ids: (B, T).
         position_ids: (B, T), restarting at 0 where an example begins.
-        activation_checkpointing: keep the input of each block alone, and work the block out again in backward.
+        activation_checkpointing: save the input of each block only, and recompute the block in backward.
     """
     phi = model.model
     layout = packed_layout(position_ids)
     hidden = phi.embed_dropout(phi.embed_tokens(input_ids.flatten()))
     cos, sin = phi.rotary_emb(hidden, position_ids.flatten()[None])
-    half = cos.shape[-1] // 2  # transformers holds each angle twice
+    half = cos.shape[-1] // 2  # transformers repeats each angle
     cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-    for layer in phi.layers:
+    for block in phi.layers:
+        attn = block.self_attn
+        dropout = attn.attention_dropout if block.training else 0.0
+        attention = partial(packed_attention, cos=cos, sin=sin, layout=layout, scaling=attn.scaling, dropout=dropout)
         if activation_checkpointing and torch.is_grad_enabled():
-            hidden = checkpoint(_block, layer, hidden, cos, sin, layout, use_reentrant=False)
+            hidden = checkpoint(block_forward, block, hidden, attention, use_reentrant=False)
         else:
-            hidden = _block(layer, hidden, cos, sin, layout)
+            hidden = block_forward(block, hidden, attention)
     return phi.final_layernorm(hidden).view(*input_ids.shape, -1)
 
 
-def _block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
-    """A block of Phi, (N, D) -> (N, D): attention and MLP side by side, both reading the same normed input."""
-    attention, mlp = layer.self_attn, layer.mlp
-    normed = layer.input_layernorm(hidden)
-    qkv = attention.Wqkv(normed).view(len(hidden), 3, -1, attention.head_dim)
-    of_weights, of_sums = (attention.attention_dropout, layer.resid_dropout.p) if layer.training else (0.0, 0.0)
-    mixed = packed_attention(qkv, cos, sin, layout, scaling=attention.scaling, dropout=of_weights)
-    attended = attention.dense(mixed.flatten(1))
-    thought = mlp.fc2(mlp.activation_fn(mlp.fc1(normed)))
-    return dropout_add_residual(hidden, attended, thought, dropout=of_sums)
+def block_forward(block: Any, hidden: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    """The forward of a block, (..., D) -> (..., D): attention and MLP read the same normalized input.
+
+    Args:
+        block: a Phi2Block, with or without adapters in its layers.
+        hidden: (..., D).
+        attention: (..., 3, H, d) -> (..., H, d); applies the rotary embedding too.
+    """
+    attn, mlp = block.self_attn, block.mlp
+    normed = block.input_layernorm(hidden)
+    qkv = attn.Wqkv(normed).unflatten(-1, (3, -1, attn.head_dim))
+    attn_output = attn.dense(attention(qkv).flatten(-2))
+    mlp_output = mlp.fc2(mlp.activation_fn(mlp.fc1(normed)))
+    dropout = block.resid_dropout.p if block.training else 0.0
+    return dropout_add_residual(hidden, attn_output, mlp_output, dropout=dropout)
+
+
+def cached_attention(
+    attn: PhiAttention,
+    qkv: Tensor,
+    *,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """(B, T, 3, H, d) -> (B, T, H, d) through transformers' attention functions and its cache.
+
+    Args:
+        attn: of the block.
+        qkv: before rotary.
+        position_embeddings: cos and sin, (B or 1, T, R), each angle twice.
+        attention_mask: as transformers makes it.
+        past_key_values: the cache, which takes the new keys and values; None attends to the T tokens alone.
+        **kwargs: passed on to the attention function.
+    """
+    num_rows, num_tokens = qkv.shape[:2]
+    half = position_embeddings[0].shape[-1] // 2
+    cos, sin = (x[..., :half].expand(num_rows, -1, -1).flatten(0, 1) for x in position_embeddings)
+    rotated = apply_rotary_emb(qkv[:, :, :2].flatten(0, 1), cos, sin).unflatten(0, (num_rows, num_tokens))
+    query, key = rotated.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
+    value = qkv[:, :, 2].transpose(1, 2)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, attn.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
+    dropout = attn.attention_dropout if attn.training else 0.0
+    attn_out, _ = attend(attn, query, key, value, attention_mask, dropout=dropout, scaling=attn.scaling, **kwargs)
+    return attn_out.reshape(num_rows, num_tokens, -1, attn.head_dim)

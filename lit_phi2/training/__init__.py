@@ -1,1 +1,1 @@
-"""The LightningModule, the Trainer and what a run shows and keeps."""
+"""The LightningModule, the Trainer and the outputs of a run."""

@@ -1,4 +1,10 @@
-"""training/tensorboard.py."""
+"""TensorBoard: the event file of a run, truncated on resume and strict about a full disk.
+
+    killed run     step  0 1 2 3 4 5 6        last checkpoint at step 4
+    resumed run    step  0 1 2 3 4 . .        the run writes 5 and 6 again
+
+TensorBoard's own purge_step drops scalars but not texts, so samples would appear twice.
+"""
 
 import io
 from collections.abc import Mapping
@@ -13,24 +19,21 @@ from lit_phi2.utils.files import atomic_write
 
 
 def truncate_events(folder: Path, step: int) -> None:
-    """Drop curves and samples that a run which was killed wrote after its last checkpoint; they will come again.
-
-    Nothing but this keeps samples from standing there twice: TensorBoard's own purge leaves texts alone.
-    """
+    """Drop the scalars and samples after an optimizer step from every event file of a folder."""
     for file in folder.glob("events.out.tfevents*"):
-        kept = io.BytesIO()
-        writer = RecordWriter(kept)
-        for record in RawEventFileLoader(str(file)).Load():  # ends at a record that the kill has cut
+        content = io.BytesIO()
+        writer = RecordWriter(content)
+        for record in RawEventFileLoader(str(file)).Load():  # stops at a record that a kill cut short
             if Event.FromString(record).step <= step:
                 writer.write(record)
-        atomic_write(file, kept.getvalue())
+        atomic_write(file, content.getvalue())
 
 
 class StrictTensorBoardLogger(TensorBoardLogger):
-    """TensorBoard's event file and nothing else: the run is described by its config.yaml."""
+    """TensorBoard's event file alone: the run's config.yaml already holds the hyperparameters."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        for name, value in metrics.items():  # Lightning's own would tell a full disk as a value it cannot log
+        for name, value in metrics.items():  # Lightning's version reports a full disk as a value it cannot log
             self.experiment.add_scalar(name, value, step)
 
     def save(self) -> None:

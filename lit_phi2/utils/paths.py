@@ -1,11 +1,15 @@
-"""Runs: where a run lives on disk, and which checkpoint a name means.
+"""Paths: the folder of a run, and the checkpoint that a name refers to.
 
     runs/tiny/version_0/      config.yaml  events.out.tfevents*  samples.jsonl  predictions.jsonl
         checkpoints/          last.ckpt  best.ckpt
         adapter/              PEFT form
 
-A checkpoint is named by a .ckpt, a folder with an exported adapter, a run's folder, or `last` or `best` of the newest
-run.
+    last, best                -> that checkpoint of the newest run of this run_name
+    a .ckpt file              -> itself
+    a folder with an adapter  -> itself
+    the folder of a run       -> its last.ckpt for fit, its best.ckpt otherwise
+
+`last` and `best` never fall back to an older run: its weights would be used without notice.
 """
 
 import re
@@ -17,7 +21,11 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"  # PEFT's name
 
 
 def create_run_dir(root: Path, run_name: str) -> Path:
-    """A new folder version_<n>; two runs that start at once get two."""
+    """Create the next folder version_<n>; two runs that start at the same time get two folders.
+
+    Raises:
+        InputError: root is a file, or lies below one.
+    """
     parent = root / run_name
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -36,42 +44,50 @@ def create_run_dir(root: Path, run_name: str) -> Path:
 
 
 def find_checkpoint(name: str, root: Path, run_name: str, *, prefer: str = "best", flag: str = "--ckpt_path") -> Path:
-    """The .ckpt file or the folder with an adapter that a name means.
+    """The .ckpt file, or the folder with an adapter, that a name refers to.
 
     Args:
-        name: as given to --ckpt_path.
+        name: value of --ckpt_path.
         root: trainer.default_root_dir.
-        run_name: whose newest run `last` and `best` look into.
-        prefer: which of the two a run's folder means.
-        flag: what the name was given to, for messages.
+        run_name: `last` and `best` refer to its newest run.
+        prefer: `last` or `best`; the checkpoint that the folder of a run refers to.
+        flag: the flag or key that holds the name, for messages.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such checkpoint.
     """
     if name in ("last", "best"):
-        newest = max((root / run_name).glob("version_*"), key=_version, default=None)
-        if newest is None:
-            raise InputError(
-                f"{flag} {name}: no run of {run_name!r} under {root.absolute()}. Train one with fit, or give "
-                "--run_name, --trainer.default_root_dir or the path of a checkpoint."
-            )
-        found = newest / "checkpoints" / f"{name}.ckpt"
-        if not found.is_file():
-            raise InputError(f"{flag} {name}: the newest run, {newest}, has no {name}.ckpt. Give the path of another.")
-        return found
+        return _newest_checkpoint(name, root, run_name, flag)
     path = Path(name).expanduser()
     if path.is_file() or (path / ADAPTER_CONFIG_FILE).is_file():
         return path
     for kind in (prefer, "best", "last"):
         if (path / "checkpoints" / f"{kind}.ckpt").is_file():
             return path / "checkpoints" / f"{kind}.ckpt"
-    expected = "expected a .ckpt, a folder with an adapter, the folder of a run, or 'last' or 'best'"
-    found_there = "holds none" if path.is_dir() else "does not exist"
-    raise InputError(f"{flag} {name}: {found_there}; {expected}.")
+    problem = "contains no checkpoint" if path.is_dir() else "does not exist"
+    raise InputError(
+        f"{flag} {name}: {problem}; expected a .ckpt, a folder with an adapter, the folder of a run, or 'last' or "
+        "'best'."
+    )
+
+
+def _newest_checkpoint(name: str, root: Path, run_name: str, flag: str) -> Path:
+    newest = max((root / run_name).glob("version_*"), key=_version, default=None)
+    if newest is None:
+        raise InputError(
+            f"{flag} {name}: no run of {run_name!r} under {root.absolute()}. Train one with fit, or give "
+            "--run_name, --trainer.default_root_dir or the path of a checkpoint."
+        )
+    checkpoint = newest / "checkpoints" / f"{name}.ckpt"
+    if not checkpoint.is_file():
+        raise InputError(
+            f"{flag} {name}: the newest run, {newest}, has no {name}.ckpt. Give the path of another checkpoint."
+        )
+    return checkpoint
 
 
 def run_dir_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to; for one that lies alone, the folder it lies in."""
+    """The folder of the run that a checkpoint belongs to; if it belongs to none, the folder that contains it."""
     checkpoint = checkpoint.absolute() if checkpoint.parent == Path() else checkpoint  # given as last.ckpt or .
     if checkpoint.is_dir():  # an adapter
         return checkpoint.parent if (checkpoint.parent / "config.yaml").is_file() else checkpoint

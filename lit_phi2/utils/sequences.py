@@ -1,4 +1,8 @@
-"""utils/sequences.py."""
+"""Sequences that build their items on access, and batches of an iterable.
+
+LazySequence    [index] -> get(index) -> item;  [start:stop] -> a list of items;  nothing is stored
+batched         a b c d e, by 2  ->  [a b] [c d] [e]
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,11 +13,11 @@ Item = TypeVar("Item")
 
 
 class LazySequence(Sequence[Item]):
-    """A sequence whose items are made when they are asked for, since millions of them would take gigabytes."""
+    """A sequence that builds each item when it is indexed, because millions of stored items would take gigabytes."""
 
     @abstractmethod
-    def make(self, index: int) -> Item:
-        """The item at an index from 0 to the length."""
+    def get(self, index: int) -> Item:
+        """Build the item at `index`, which is in range(len(self))."""
 
     @overload
     def __getitem__(self, key: int) -> Item: ...
@@ -21,12 +25,16 @@ class LazySequence(Sequence[Item]):
     def __getitem__(self, key: slice) -> list[Item]: ...
     def __getitem__(self, key: int | slice) -> Item | list[Item]:
         if isinstance(key, slice):
-            return [self.make(index) for index in range(len(self))[key]]
-        return self.make(range(len(self))[key])
+            return [self.get(index) for index in range(len(self))[key]]
+        return self.get(range(len(self))[key])
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of so many, the last of what is left; itertools has it from Python 3.12 on."""
+    """Lists of `size` items; the last may be shorter. itertools.batched needs Python 3.12.
+
+    >>> list(batched("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -1,4 +1,4 @@
-"""The packaged claims: what is promised of them, read from the files alone."""
+"""The packaged claims: what their README states, checked from the files alone."""
 
 import json
 import re
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from lit_phi2.data.prompts import HEADERS
-from lit_phi2.data.sources import CLAIMS
+from lit_phi2.data.sources import CLAIMS_DIR
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SPLITS = ("train", "validation", "test")
 FIELDS = ["id", "category", "form", "scenario", "skeleton", "instruction", "input", "response", "facts"]
-NOT_HEALTH = {
+OTHER_LINES = {
     "auto damage",
     "auto injury",
     "property damage",
@@ -28,7 +28,7 @@ NOT_HEALTH = {
     "travel cancellation",
     "travel medical",
 }
-# The first review of kinds of plan with a federal limit; for all others the notice states the days.
+# Days for the first appeal by kind of plan, where federal rules set them; in all other records the notice states them.
 FEDERAL_DAYS = {
     "employer plan": 180,  # 29 CFR 2560.503-1(h)(3)(i)
     "marketplace plan": 180,  # 45 CFR 147.136(b)(3)
@@ -39,8 +39,8 @@ FEDERAL_DAYS = {
 }
 DATE = re.compile(r"[A-Z][a-z]+ \d{1,2}, \d{4}")
 BILLED_AND_PAID = re.compile(r"(?:Billed:|Charge|Amount) \$([\d,.]+\d)[,;]? +(?:Paid:|plan payment|paid) \$([\d,.]+\d)")
-# A header of the template, or what a careless reader of the template would take for one.
-LIKE_A_HEADER = re.compile(r"##|^\W*(?:instruction|input|response)s?\s*:", re.IGNORECASE | re.MULTILINE)
+# A header of the template, or a line that resembles one.
+HEADER_LIKE = re.compile(r"##|^\W*(?:instruction|input|response)s?\s*:", re.IGNORECASE | re.MULTILINE)
 
 Record = dict[str, Any]
 Splits = dict[str, list[Record]]
@@ -52,12 +52,12 @@ def read(path: Path) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def splits() -> Splits:
-    return {split: read(CLAIMS / f"{split}.jsonl") for split in SPLITS}
+    return {split: read(CLAIMS_DIR / f"{split}.jsonl") for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
 def records(splits: Splits) -> list[Record]:
-    """Of all three splits."""
+    """The records of all three splits."""
     return [record for split in SPLITS for record in splits[split]]
 
 
@@ -66,11 +66,11 @@ def is_gold(record: Record) -> bool:
 
 
 def composed(records: Iterable[Record]) -> list[Record]:
-    """Those that the build program composed; gold records were written by hand."""
+    """The records composed by scripts/build_claims.py; gold records were written by hand."""
     return [record for record in records if not is_gold(record)]
 
 
-def folded(text: str) -> str:
+def normalize(text: str) -> str:
     return re.sub(r"\s+", " ", text).lower()
 
 
@@ -78,40 +78,43 @@ def prompt(record: Record) -> str:
     return record["instruction"] + "\n" + record["input"]
 
 
-def texts(record: Record, kind: str) -> list[str]:
-    """Of the facts of one kind."""
+def fact_texts(record: Record, kind: str) -> list[str]:
     return [fact["text"] for fact in record["facts"] if fact["kind"] == kind]
 
 
-def share(records: list[Record], holds: Callable[[Record], object]) -> float:
-    return sum(1 for record in records if holds(record)) / len(records)
+def fraction(records: list[Record], predicate: Callable[[Record], object]) -> float:
+    return sum(1 for record in records if predicate(record)) / len(records)
 
 
-def runs(text: str) -> set[tuple[str, ...]]:
-    """The 8-grams: eight words one after the other, in lower case."""
+def ngrams(text: str) -> set[tuple[str, ...]]:
+    """The word 8-grams, in lower case."""
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[start : start + 8]) for start in range(len(words) - 7)}
 
 
-def holders(found: list[set[tuple[str, ...]]]) -> dict[tuple[str, ...], list[int]]:
-    """8-gram -> the texts that hold it."""
+def index_ngrams(texts: list[set[tuple[str, ...]]]) -> dict[tuple[str, ...], list[int]]:
+    """8-gram -> the indices of the texts that contain it."""
     index: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for number, own in enumerate(found):
-        for run in own:
-            index[run].append(number)
+    for number, text_ngrams in enumerate(texts):
+        for ngram in text_ngrams:
+            index[ngram].append(number)
     return index
 
 
-# What is there
+def repeated(values: Iterable[str]) -> list[str]:
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
-def test_the_splits_hold_4000_and_400_and_400_records(splits: Splits) -> None:
+# Contents
+
+
+def test_splits_have_at_least_4000_400_and_400_records(splits: Splits) -> None:
     assert len(splits["train"]) >= 4000
     assert len(splits["validation"]) >= 400
     assert len(splits["test"]) >= 400
 
 
-def test_every_record_has_exactly_the_promised_fields(records: list[Record]) -> None:
+def test_every_record_has_exactly_the_stated_fields(records: list[Record]) -> None:
     for record in records:
         assert list(record) == FIELDS
         assert all(isinstance(record[field], str) for field in FIELDS[:-1])
@@ -120,18 +123,18 @@ def test_every_record_has_exactly_the_promised_fields(records: list[Record]) -> 
 
 
 def test_ids_are_unique_over_all_splits(records: list[Record]) -> None:
-    assert [some for some, count in Counter(record["id"] for record in records).items() if count > 1] == []
+    assert repeated(record["id"] for record in records) == []
 
 
 def test_no_two_prompts_are_equal(records: list[Record]) -> None:
-    """Over all splits, and case and white space do not make a difference."""
-    assert [some for some, count in Counter(folded(prompt(record)) for record in records).items() if count > 1] == []
+    """Over all splits, and without regard to case and white space."""
+    assert repeated(normalize(prompt(record)) for record in records) == []
 
 
-def test_at_least_twenty_categories_stand_in_every_split(splits: Splits) -> None:
-    found = [{record["category"] for record in splits[split]} for split in SPLITS]
-    assert len(found[0]) >= 20
-    assert found[0] == found[1] == found[2]
+def test_every_split_has_the_same_categories_at_least_20(splits: Splits) -> None:
+    train, validation, test = ({record["category"] for record in splits[split]} for split in SPLITS)
+    assert len(train) >= 20
+    assert train == validation == test
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -142,155 +145,156 @@ def test_each_of_three_forms_is_at_least_a_quarter(split: str, splits: Splits) -
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_at_least_a_tenth_is_of_lines_other_than_health(split: str, splits: Splits) -> None:
-    others = Counter(record["category"] for record in splits[split] if record["category"] in NOT_HEALTH)
-    assert others.keys() == NOT_HEALTH
+def test_at_least_a_tenth_is_not_health_insurance(split: str, splits: Splits) -> None:
+    others = Counter(record["category"] for record in splits[split] if record["category"] in OTHER_LINES)
+    assert others.keys() == OTHER_LINES
     assert others.total() >= len(splits[split]) / 10
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_at_least_half_have_an_input_section(split: str, splits: Splits) -> None:
-    assert share(splits[split], lambda record: record["input"]) >= 0.5
+    assert fraction(splits[split], lambda record: record["input"]) >= 0.5
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_prompts_come_in_many_voices(split: str, splits: Splits) -> None:
-    """Each voice in at least a twentieth, and no two words open more than a tenth.
+def test_prompts_are_written_in_many_voices(split: str, splits: Splits) -> None:
+    """Each voice in at least 5 % of the prompts, and no two words open more than 10 %.
 
-    Misspelt is a word that occurs nowhere in inputs and responses, but does with two neighbouring letters exchanged.
+    A word is misspelt if it occurs in no input and no response, but does with two neighbouring letters swapped.
     """
-    known = {
+    vocabulary = {
         word
         for record in splits[split]
         for word in re.findall(r"[a-z]+", (record["input"] + " " + record["response"]).lower())
     }
 
     def misspelt(record: Record) -> bool:
-        words = [word for word in re.findall(r"\b[a-z]{5,}\b", record["instruction"]) if word not in known]
-        return any(w[:n] + w[n + 1] + w[n] + w[n + 2 :] in known for w in words for n in range(len(w) - 1))
+        words = [word for word in re.findall(r"\b[a-z]{5,}\b", record["instruction"]) if word not in vocabulary]
+        return any(w[:n] + w[n + 1] + w[n] + w[n + 2 :] in vocabulary for w in words for n in range(len(w) - 1))
 
-    def saying(pattern: str) -> Callable[[Record], object]:
+    def matches(pattern: str) -> Callable[[Record], object]:
         return lambda record: re.search(pattern, prompt(record))
 
     voices: dict[str, Callable[[Record], object]] = {
         "lower case": lambda record: record["instruction"][0].islower(),
         "polite": lambda record: re.search("(?i)please|thank|grateful", record["instruction"]),
-        "asking": lambda record: "?" in record["instruction"],
-        "telling": lambda record: "?" not in record["instruction"],
+        "question": lambda record: "?" in record["instruction"],
+        "statement": lambda record: "?" not in record["instruction"],
         "misspelt": misspelt,
         "short": lambda record: len(prompt(record).split()) < 60,
         "long": lambda record: len(prompt(record).split()) > 80,
-        "for oneself": saying(r"My name is|This is [A-Z]|I am [A-Z]"),
-        "for another": saying(r"Our (?:patient|client)|We bill for|Patient:|On behalf of"),
-        "a statement": saying(r"(?i)not a bill|explanation of benefits|statement of"),
-        "a letter": saying(r"Dear |NOTICE OF DECISION"),
-        "a note": saying(r"(?:Call|Claim) note|\nFile "),
+        "for the writer": matches(r"My name is|This is [A-Z]|I am [A-Z]"),
+        "for someone else": matches(r"Our (?:patient|client)|We bill for|Patient:|On behalf of"),
+        "explanation of benefits": matches(r"(?i)not a bill|explanation of benefits|statement of"),
+        "letter": matches(r"Dear |NOTICE OF DECISION"),
+        "note": matches(r"(?:Call|Claim) note|\nFile "),
     }
-    shares = {name: share(splits[split], holds) for name, holds in voices.items()}
-    assert {name: found for name, found in shares.items() if found < 0.05} == {}
+    fractions = {name: fraction(splits[split], predicate) for name, predicate in voices.items()}
+    assert {name: value for name, value in fractions.items() if value < 0.05} == {}
     openings = Counter(tuple(record["instruction"].lower().split()[:2]) for record in splits[split])
     assert openings.most_common(1)[0][1] <= len(splits[split]) / 10
 
 
-def test_no_text_looks_like_a_header_of_the_template(records: list[Record]) -> None:
-    assert all(LIKE_A_HEADER.search(f"Some text.\n{header}\nmore") for header in HEADERS)
+def test_no_text_resembles_a_header_of_the_template(records: list[Record]) -> None:
+    assert all(HEADER_LIKE.search(f"Some text.\n{header}\nmore") for header in HEADERS)
     for record in records:
         for text in (*(record[field] for field in FIELDS[:-1]), *(fact["text"] for fact in record["facts"])):
-            assert not LIKE_A_HEADER.search(text), record["id"]
+            assert not HEADER_LIKE.search(text), record["id"]
 
 
 # Facts
 
 
-def test_every_fact_stands_in_its_response(records: list[Record]) -> None:
+def test_every_fact_is_in_its_response(records: list[Record]) -> None:
     for record in records:
-        response = folded(record["response"])
+        response = normalize(record["response"])
         for fact in record["facts"]:
             assert fact["kind"] in ("copied", "known", "reasoned"), record["id"]
-            assert len(folded(fact["text"]).strip()) >= 4, record["id"]
-            assert folded(fact["text"]) in response, record["id"]
+            assert len(normalize(fact["text"]).strip()) >= 4, record["id"]
+            assert normalize(fact["text"]) in response, record["id"]
 
 
-def test_copied_facts_and_no_others_stand_in_the_prompt(records: list[Record]) -> None:
+def test_copied_facts_and_no_others_are_in_the_prompt(records: list[Record]) -> None:
     for record in records:
-        asked = folded(prompt(record))
+        prompt_text = normalize(prompt(record))
         for fact in record["facts"]:
-            assert (folded(fact["text"]) in asked) == (fact["kind"] == "copied"), (record["id"], fact)
+            assert (normalize(fact["text"]) in prompt_text) == (fact["kind"] == "copied"), (record["id"], fact)
 
 
 def test_every_record_has_copied_and_known_facts(records: list[Record]) -> None:
     for record in records:
-        assert texts(record, "copied"), record["id"]
-        assert texts(record, "known"), record["id"]
+        assert fact_texts(record, "copied"), record["id"]
+        assert fact_texts(record, "known"), record["id"]
 
 
-def test_only_known_facts_stand_in_more_than_a_twentieth_of_the_training_responses(splits: Splits) -> None:
-    """So what is copied or reasoned cannot be had by saying what is always said."""
-    responses = [folded(record["response"]) for record in splits["train"]]
+def test_only_known_facts_are_in_over_a_twentieth_of_responses(splits: Splits) -> None:
+    """So that a copied or reasoned fact cannot be matched by text that suits every prompt."""
+    responses = [normalize(record["response"]) for record in splits["train"]]
     kinds: dict[str, set[str]] = defaultdict(set)
     for record in splits["train"]:
         for fact in record["facts"]:
-            kinds[folded(fact["text"])].add(fact["kind"])
-    lengths: dict[str, set[int]] = defaultdict(set)  # first four letters of a fact -> how long such facts are
+            kinds[normalize(fact["text"])].add(fact["kind"])
+    lengths: dict[str, set[int]] = defaultdict(set)  # first four characters of a fact -> lengths of such facts
     for text in kinds:
         lengths[text[:4]].add(len(text))
     counts: Counter[str] = Counter()
     for response in responses:
-        places = range(len(response))
-        found = {response[at : at + length] for at in places for length in lengths.get(response[at : at + 4], ())}
-        counts.update(found & kinds.keys())
+        starts = range(len(response))
+        candidates = {response[at : at + length] for at in starts for length in lengths.get(response[at : at + 4], ())}
+        counts.update(candidates & kinds.keys())
     frequent = {text for text, count in counts.items() if count > len(responses) / 20}
-    assert frequent  # some known ones, as the words by which a kind of plan is reviewed
+    assert frequent, "some known facts are, such as the next level of review of a kind of plan"
     assert {text: kinds[text] for text in frequent if kinds[text] != {"known"}} == {}
 
 
 def deadline(record: Record) -> str:
-    """Counted from the notice, by the days of the plan's rule or, where there is none, those of the notice."""
-    [told] = [text for text in texts(record, "copied") if DATE.fullmatch(text)]
+    """The date of the notice plus the days of the federal rule or, where there is none, of the notice."""
+    [notice_date] = [text for text in fact_texts(record, "copied") if DATE.fullmatch(text)]
     days = FEDERAL_DAYS.get(record["scenario"].split(" | ")[2])
     if days is None:
-        [stated] = re.findall(r"within (\d+) days of this notice", folded(prompt(record)))
+        [stated] = re.findall(r"within (\d+) days of this notice", normalize(prompt(record)))
         days = int(stated)
-    last: date = datetime.strptime(told, "%B %d, %Y").date() + timedelta(days=days)
+    last: date = datetime.strptime(notice_date, "%B %d, %Y").date() + timedelta(days=days)
     return f"{last:%B} {last.day}, {last.year}"
 
 
 def test_reasoned_dates_are_the_notice_date_plus_the_days(records: list[Record]) -> None:
-    """Reference: datetime, and the limits of the regulations. Every composed explanation reasons one date."""
-    explained = [record for record in composed(records) if record["form"] == "explain"]
-    assert len(explained) >= 1000
-    for record in explained:
-        assert [text for text in texts(record, "reasoned") if DATE.fullmatch(text)] == [deadline(record)], record["id"]
+    """Reference: datetime and the regulations. Every composed explanation has one reasoned date."""
+    explanations = [record for record in composed(records) if record["form"] == "explain"]
+    assert len(explanations) >= 1000
+    for record in explanations:
+        dates = [text for text in fact_texts(record, "reasoned") if DATE.fullmatch(text)]
+        assert dates == [deadline(record)], record["id"]
 
 
 def test_the_days_of_a_federal_limit_are_known_facts(records: list[Record]) -> None:
-    """All other limits are told by the notice, and so are not to be known."""
-    explained = [record for record in composed(records) if record["form"] == "explain"]
-    assert {record["scenario"].split(" | ")[2] for record in explained} > FEDERAL_DAYS.keys()
-    for record in explained:
+    """The notice states all other limits, so they are not known facts."""
+    explanations = [record for record in composed(records) if record["form"] == "explain"]
+    assert {record["scenario"].split(" | ")[2] for record in explanations} > FEDERAL_DAYS.keys()
+    for record in explanations:
         days = FEDERAL_DAYS.get(record["scenario"].split(" | ")[2])
-        stated = [text for text in texts(record, "known") if re.fullmatch(r"\d+ days", text)]
+        stated = [text for text in fact_texts(record, "known") if re.fullmatch(r"\d+ days", text)]
         assert stated == ([f"{days} days"] if days else []), record["id"]
 
 
-def test_reasoned_sums_are_what_is_billed_less_what_is_paid(records: list[Record]) -> None:
-    """Reference: the two sums as the input shows them, in cents. A composed record reasons no other sum."""
-    shown = 0
+def test_reasoned_amounts_are_billed_minus_paid(records: list[Record]) -> None:
+    """Reference: the two amounts of the input, in cents. A composed record has no other reasoned amount."""
+    num_amounts = 0
     for record in composed(records):
-        left = []
-        if record["form"] == "explain" and (sums := BILLED_AND_PAID.search(record["input"])):
-            billed, paid = (int(re.sub("[,.]", "", text)) for text in sums.groups())
-            left = [f"${(billed - paid) // 100:,}.{(billed - paid) % 100:02}"] if paid else []
-            shown += len(left)
-        assert [text for text in texts(record, "reasoned") if not DATE.fullmatch(text)] == left, record["id"]
-    assert shown >= 100
+        expected = []
+        if record["form"] == "explain" and (amounts := BILLED_AND_PAID.search(record["input"])):
+            billed, paid = (int(re.sub("[,.]", "", text)) for text in amounts.groups())
+            expected = [f"${(billed - paid) // 100:,}.{(billed - paid) % 100:02}"] if paid else []
+            num_amounts += len(expected)
+        assert [text for text in fact_texts(record, "reasoned") if not DATE.fullmatch(text)] == expected, record["id"]
+    assert num_amounts >= 100
 
 
 # Skeletons and scenarios
 
 
 def masked(record: Record) -> str:
-    """The response without its facts, capitalized words and numbers, in one line."""
+    """The response in one line, with facts, capitalized words and numbers replaced by "_"."""
     text = re.sub(r"\s+", " ", record["response"])
     for fact in sorted((re.sub(r"\s+", " ", fact["text"]) for fact in record["facts"]), key=len, reverse=True):
         text = re.sub(re.escape(fact), " _ ", text, flags=re.IGNORECASE)
@@ -303,139 +307,134 @@ def test_training_has_at_least_150_skeletons(splits: Splits) -> None:
 
 
 def test_responses_of_different_skeletons_are_worded_differently(splits: Splits) -> None:
-    """Less than half of the 8-grams of the shorter, masked, of any pair; so no skeleton is another under a new name."""
-    trained = composed(splits["train"])
-    found = [runs(masked(record)) for record in trained]
-    index = holders(found)
-    assert all(found)
-    for number, own in enumerate(found):
-        shared = Counter(other for run in own for other in index[run] if other < number)
+    """Of any two masked responses, less than half of the 8-grams of the shorter are shared."""
+    train = composed(splits["train"])
+    texts = [ngrams(masked(record)) for record in train]
+    index = index_ngrams(texts)
+    assert all(texts)
+    for number, text_ngrams in enumerate(texts):
+        shared = Counter(other for ngram in text_ngrams for other in index[ngram] if other < number)
         for other, count in shared.items():
-            if trained[other]["skeleton"] != trained[number]["skeleton"]:
-                ids = trained[number]["id"], trained[other]["id"]
-                assert count < min(len(own), len(found[other])) / 2, ids
+            if train[other]["skeleton"] != train[number]["skeleton"]:
+                ids = train[number]["id"], train[other]["id"]
+                assert count < min(len(text_ngrams), len(texts[other])) / 2, ids
 
 
-def test_no_scenario_stands_in_two_splits(splits: Splits) -> None:
+def test_no_scenario_is_in_two_splits(splits: Splits) -> None:
     train, validation, test = ({record["scenario"] for record in splits[split]} for split in SPLITS)
     assert train & validation == train & test == validation & test == set()
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_held_out_combinations_are_new_but_their_cases_are_trained_under_another_kind(
-    split: str, splits: Splits
-) -> None:
+def test_held_out_scenarios_recombine_parts_of_training(split: str, splits: Splits) -> None:
     """A scenario is `category | case | kind of plan`."""
     kinds: dict[tuple[str, str], set[str]] = defaultdict(set)
     for record in composed(splits["train"]):
         category, case, kind = record["scenario"].split(" | ")
         kinds[category, case].add(kind)
-    asked = {record["scenario"] for record in composed(splits[split])}
-    assert len(asked) >= 50
-    for scenario in asked:
+    held_out = {record["scenario"] for record in composed(splits[split])}
+    assert len(held_out) >= 50
+    for scenario in held_out:
         category, case, kind = scenario.split(" | ")
-        assert kinds[category, case], f"training does not show the case of {scenario}"
-        assert kind not in kinds[category, case], f"training shows {scenario}"
+        assert kinds[category, case], f"the case of {scenario} is not in training"
+        assert kind not in kinds[category, case], f"{scenario} is in training"
 
 
-def test_no_test_response_shares_more_than_half_of_its_8_grams_with_a_training_response(splits: Splits) -> None:
-    index = holders([runs(record["response"]) for record in splits["train"]])
-    over = {}
+def test_test_responses_are_not_near_copies_of_training(splits: Splits) -> None:
+    index = index_ngrams([ngrams(record["response"]) for record in splits["train"]])
+    too_similar = {}
     for record in splits["test"]:
-        own = runs(record["response"])
-        shared = Counter(number for run in own for number in index.get(run, ()))
+        response_ngrams = ngrams(record["response"])
+        shared = Counter(number for ngram in response_ngrams for number in index.get(ngram, ()))
         number, count = max(shared.items(), key=lambda item: item[1], default=(0, 0))
-        if not own or count > len(own) / 2:
-            over[record["id"]] = f"{count} of {len(own)} in {splits['train'][number]['id']}"
-    assert over == {}
+        if not response_ngrams or count > len(response_ngrams) / 2:
+            too_similar[record["id"]] = f"{count} of {len(response_ngrams)} in {splits['train'][number]['id']}"
+    assert too_similar == {}
 
 
 # Gold
 
 
-def test_at_least_sixty_gold_records_cover_all_categories_and_thirty_are_for_test(
-    splits: Splits, records: list[Record]
-) -> None:
+def test_gold_records_cover_all_categories_and_30_are_in_test(splits: Splits, records: list[Record]) -> None:
     gold = [record for record in records if is_gold(record)]
     assert len(gold) >= 60
     assert {record["category"] for record in gold} == {record["category"] for record in records}
     assert sum(map(is_gold, splits["test"])) == 30
 
 
-def test_gold_records_share_no_8_gram_with_composed_ones(records: list[Record]) -> None:
-    by_hand = set().union(*(runs(record["response"]) for record in records if is_gold(record)))
-    assert by_hand
+def test_gold_responses_share_no_8_gram_with_composed_ones(records: list[Record]) -> None:
+    gold_ngrams = set().union(*(ngrams(record["response"]) for record in records if is_gold(record)))
+    assert gold_ngrams
     for record in composed(records):
-        assert not runs(record["response"]) & by_hand, record["id"]
+        assert not ngrams(record["response"]) & gold_ngrams, record["id"]
 
 
-def test_the_gold_file_is_a_copy_of_the_gold_records_of_test(splits: Splits) -> None:
+def test_the_gold_file_equals_the_gold_records_of_test(splits: Splits) -> None:
     def by_id(records: list[Record]) -> list[Record]:
         return sorted(records, key=lambda record: record["id"])
 
-    assert by_id(read(CLAIMS / "gold.jsonl")) == by_id([record for record in splits["test"] if is_gold(record)])
+    assert by_id(read(CLAIMS_DIR / "gold.jsonl")) == by_id([record for record in splits["test"] if is_gold(record)])
 
 
-# The programs
+# The build programs
 
 
 def run(script: str, *arguments: str) -> None:
-    """In a process of its own, so that nothing, not even the order of a set, is carried over."""
+    """In a new process, so that no state is shared, not even the hash seed that orders sets."""
     done = subprocess.run([sys.executable, str(SCRIPTS / script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_build_program_writes_the_packaged_bytes_again(tmp_path: Path) -> None:
-    """Its default seed is that of the packaged files."""
+def test_the_build_program_reproduces_the_packaged_bytes(tmp_path: Path) -> None:
+    """With its default seed."""
     run("build_claims.py", "--output_dir", str(tmp_path))
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert written.keys() == {path.name for path in CLAIMS.glob("*.jsonl")}
+    assert written.keys() == {path.name for path in CLAIMS_DIR.glob("*.jsonl")}
     assert written.keys() == {*(f"{split}.jsonl" for split in SPLITS), "gold.jsonl"}
-    assert [name for name in written if written[name] != (CLAIMS / name).read_bytes()] == []
+    assert [name for name in written if written[name] != (CLAIMS_DIR / name).read_bytes()] == []
 
 
 def test_another_seed_gives_other_records(tmp_path: Path) -> None:
     run("build_claims.py", "--output_dir", str(tmp_path), "--seed", "1")
     for split in SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() != (CLAIMS / f"{split}.jsonl").read_bytes()
+        assert (tmp_path / f"{split}.jsonl").read_bytes() != (CLAIMS_DIR / f"{split}.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """File -> its documents, of one megabyte in all."""
+    """File -> its documents, one megabyte in total."""
     folder = tmp_path_factory.mktemp("prose")
     run("build_claims_prose.py", "--output_dir", str(folder), "--megabytes", "1")
     return {path.stem: path.read_text("utf-8").split("\n<|endoftext|>\n") for path in folder.iterdir()}
 
 
-def test_prose_never_looks_like_the_template(prose: dict[str, list[str]]) -> None:
+def test_prose_never_resembles_the_template(prose: dict[str, list[str]]) -> None:
     assert sum(len(document) for documents in prose.values() for document in documents) > 900_000
     for name, documents in prose.items():
         for document in documents:
-            assert not LIKE_A_HEADER.search(document), name
+            assert not HEADER_LIKE.search(document), name
 
 
-def test_prose_names_no_service_under_a_kind_of_plan_that_is_held_out(
-    prose: dict[str, list[str]], splits: Splits
-) -> None:
-    """Read by the names of plans and services that the records have; a plan is a house and the name of its kind.
+def test_prose_names_no_held_out_pair_of_service_and_plan(prose: dict[str, list[str]], splits: Splits) -> None:
+    """No passage names a service and a kind of plan that only validation or test combine.
 
-    A file or a page of questions is about one case. A guide tells of several, each in lines of its own, and so is read
-    by the line. Some services stand in two categories: a pair that training shows in either of them is left out.
+    Plans and services are found by the names in the records; the name of a plan is a house and a name of its kind. A
+    claim file or a page of questions is one passage, since it is about one case; a guide covers several cases, one per
+    line. Some services occur in two categories: a pair that training has in either one is not held out.
     """
-    trained, held_out = (
+    train, held_out = (
         {tuple(record["scenario"].split(" | ")[1:]) for name in names for record in composed(splits[name])}
         for names in (["train"], ["validation", "test"])
     )
-    held_out -= trained
+    held_out -= train
     assert len(held_out) >= 100
     kinds, houses = {}, set()
     for record in composed(splits["train"]):
-        house, of_kind = record["facts"][0]["text"].split(" ", 1)
+        house, kind_name = record["facts"][0]["text"].split(" ", 1)
         houses.add(house)
-        kinds[of_kind.lower()] = record["scenario"].split(" | ")[2]
-    # The longest first: a "left wrist X-ray" is no "wrist X-ray".
-    services = {service.lower(): service for service, _ in sorted(trained | held_out, key=lambda pair: -len(pair[0]))}
+        kinds[kind_name.lower()] = record["scenario"].split(" | ")[2]
+    # The longest first, so that "left wrist X-ray" does not match as "wrist X-ray".
+    services = {service.lower(): service for service, _ in sorted(train | held_out, key=lambda pair: -len(pair[0]))}
     service = re.compile(r"\b(" + "|".join(map(re.escape, services)) + r")\b")
     plan = re.compile(rf"(?i)\b(?:{'|'.join(houses)}) ({'|'.join(map(re.escape, kinds))})\b")
 
@@ -443,8 +442,8 @@ def test_prose_names_no_service_under_a_kind_of_plan_that_is_held_out(
     passages += [line for guide in prose["claims_guides"] for line in guide.splitlines()]
     named: Counter[tuple[str, str]] = Counter()
     for passage in map(str.lower, passages):
-        for found in set(service.findall(passage)):
-            for of_kind in set(plan.findall(passage)):
-                named[services[found], kinds[of_kind]] += 1
-    assert len(named.keys() & trained) >= 300
+        for service_name in set(service.findall(passage)):
+            for kind_name in set(plan.findall(passage)):
+                named[services[service_name], kinds[kind_name]] += 1
+    assert len(named.keys() & train) >= 300
     assert {pair: count for pair, count in named.items() if pair in held_out} == {}

@@ -10,20 +10,20 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("amx", "avx512_bf16", "told"),
+    ("amx", "avx512_bf16", "message"),
     [(True, True, "this CPU has AMX"), (False, True, "this CPU has AVX512"), (False, False, "multiplied in float32")],
 )
-def test_auto_on_a_cpu_is_bfloat16_and_tells_how_it_is_multiplied(
-    amx: bool, avx512_bf16: bool, told: str, monkeypatch: pytest.MonkeyPatch
+def test_auto_on_a_cpu_is_bfloat16_and_gives_the_reason(
+    amx: bool, avx512_bf16: bool, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     dtype, reason = choose_dtype("auto", CPU)
     assert dtype == torch.bfloat16
-    assert told in reason
+    assert message in reason
 
 
-def test_a_dtype_that_is_asked_for_is_given() -> None:
+def test_a_requested_dtype_is_used() -> None:
     assert choose_dtype("float32", CPU)[0] == torch.float32
     assert choose_dtype("bfloat16", CPU)[0] == torch.bfloat16
 
@@ -40,7 +40,7 @@ def test_auto_on_a_recent_cuda_card_is_bfloat16() -> None:
 
 
 @pytest.mark.mps
-def test_auto_on_an_apple_gpu_gives_a_dtype_that_multiplies() -> None:
+def test_auto_on_an_apple_gpu_gives_a_dtype_it_supports() -> None:
     dtype, _ = choose_dtype("auto", torch.device("mps"))
     ones = torch.ones(8, 8, dtype=dtype, device="mps")
     assert (ones @ ones).sum().item() == 8 * 64

@@ -1,4 +1,4 @@
-"""Products in bfloat16 on a CPU that cannot multiply it: as near to float64 as those of a CPU that can."""
+"""Matmuls in bfloat16 on a CPU without bfloat16: as close to float64 as those of a CPU that has it."""
 
 from pathlib import Path
 
@@ -7,91 +7,113 @@ import torch
 from torch import Tensor, nn
 
 from helpers import new_module, relative_difference
-from lit_phi2.model import linear as products
-from lit_phi2.model.linear import FrozenLinear, frozen_matmul
+from lit_phi2.model import linear
+from lit_phi2.model.linear import EMULATION_MIN_ROWS, FrozenLinear, frozen_matmul
 from lit_phi2.model.loss import causal_lm_loss
 from lit_phi2.model.phi2 import packed_forward
 from lit_phi2.types import IGNORE_INDEX
 
-WIDE, TALL = (5, 130), (130, 5)  # (out, in): one is cut along its inputs, the other along its outputs
+WIDE, TALL = (5, 130), (130, 5)  # (in, out): one is split along its outputs, the other along its inputs
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every machine multiplies bfloat16 in float32, seven rows in three chunks, the last of them short."""
     torch.manual_seed(0)
-    monkeypatch.setattr(products, "EMULATED", True)
-    monkeypatch.setattr(products, "PIECE", 7 * 48)  # of seven rows three pieces, the last of them short
+    monkeypatch.setattr(linear, "emulates_bf16", lambda: True)
+    monkeypatch.setattr(linear, "CHUNK_NUMEL", 7 * 48)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [WIDE, TALL])
-def test_products_in_pieces_are_rounded_once(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Reference: float64 over the same numbers. A sum of 130 products in float32 is off by some 1e-7 of its norm."""
-    rows, columns = shape
-    matrix, bias, x = torch.randn(shape).bfloat16(), torch.randn(columns).bfloat16(), torch.randn(7, rows).to(dtype)
-    low, up = torch.randn(7, 2).to(dtype), torch.randn(2, columns)
-    exact = x.double() @ matrix.double()
-    updated = exact + bias.double() + 0.3 * low.double() @ up.double()
-    for got, expected in (
-        (frozen_matmul(x, matrix), exact),
-        (frozen_matmul(x, matrix.t().contiguous().t()), exact),  # as W^T lies
-        (frozen_matmul(x, matrix, bias=bias, low=low, up=up, scale=0.3), updated),
+def test_a_matmul_in_chunks_is_rounded_once(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Reference: float64 over the same numbers. A sum of 130 products in float32 is off by about 1e-7 of its norm; in
+    bfloat16 a tie may be rounded to either side."""
+    num_in, num_out = shape
+    matrix, bias = torch.randn(shape).bfloat16(), torch.randn(num_out).bfloat16()
+    x, lora_x, lora_b = torch.randn(7, num_in).to(dtype), torch.randn(7, 2).to(dtype), torch.randn(2, num_out)
+    product = x.double() @ matrix.double()
+    updated = product + bias.double() + 0.3 * lora_x.double() @ lora_b.double()
+    for result, expected in (
+        (frozen_matmul(x, matrix), product),
+        (frozen_matmul(x, matrix.t().contiguous().t()), product),  # in the memory layout of W^T
+        (frozen_matmul(x, matrix, bias=bias, lora_x=lora_x, lora_b=lora_b, scale=0.3), updated),
     ):
-        assert got.dtype == dtype
-        once = expected.to(dtype).double()
-        assert relative_difference(got.double(), once) < (
-            1e-6 if dtype == torch.float32 else 1e-3
-        )  # or of a tie the other side
+        assert result.dtype == dtype
+        rounded_once = expected.to(dtype).double()
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-3
+        assert relative_difference(result.double(), rounded_once) < tolerance
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [WIDE, TALL])
-def test_gradcheck_of_a_product_in_pieces(shape: tuple[int, int], bias: bool) -> None:
-    """The weights are bfloat16, all else float64."""
-    num_out, num_in = shape
-    weight = torch.randn(shape).bfloat16()
-    added = torch.randn(num_out, dtype=torch.float64) if bias else None
+def test_a_matmul_in_chunks_passes_gradcheck(shape: tuple[int, int], bias: bool) -> None:
+    """bfloat16 weights under float64 activations."""
+    num_in, num_out = shape
+    layer = FrozenLinear(num_in, num_out, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(num_out, dtype=torch.float64), requires_grad=False)
     x = torch.randn(6, num_in, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: products._FrozenLinearFn.apply(x, weight, added), (x,))
+    assert torch.autograd.gradcheck(layer, (x,))
 
 
-def test_a_frozen_linear_layer_is_rounded_once_and_behaves_as_torchs_own() -> None:
+def test_a_frozen_layer_rounds_once_forward_and_backward() -> None:
     layer = FrozenLinear(130, 5, dtype=torch.bfloat16).requires_grad_(False)
     x = torch.randn(2, 6, 130, dtype=torch.bfloat16, requires_grad=True)
-    exact_x = x.detach().double().requires_grad_()
+    x_float64 = x.detach().double().requires_grad_()
     output = layer(x)
-    exact = exact_x @ layer.weight.double().t() + layer.bias.double()
-    assert torch.equal(output, exact.bfloat16())  # no sum of these lies within float32's rounding of a tie
+    expected = x_float64 @ layer.weight.double().t() + layer.bias.double()
+    assert torch.equal(output, expected.bfloat16())  # no sum here is within float32's rounding of a tie
     output.add_(1).float().sum().backward()  # in place, as what follows a layer may do
-    exact.sum().backward()
-    assert torch.equal(x.grad, exact_x.grad.bfloat16())
+    expected.sum().backward()
+    assert torch.equal(x.grad, x_float64.grad.bfloat16())
 
 
-@pytest.mark.parametrize("what", ["few rows", "float32", "trained", "native"])
-def test_what_torch_multiplies_well_is_torchs_own(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("in pieces")
+@pytest.mark.parametrize("case", ["few rows", "float32", "trained", "native"])
+def test_what_torch_multiplies_fast_is_torchs_own(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("multiplied in chunks")
 
-    monkeypatch.setattr(products, "_finish", refuse)
-    if what == "native":
-        monkeypatch.setattr(products, "EMULATED", False)
-    dtype = torch.float32 if what == "float32" else torch.bfloat16
-    layer = FrozenLinear(130, 5, dtype=dtype).requires_grad_(what == "trained")
-    x = torch.randn(products.EMULATION_MIN_ROWS if what == "few rows" else 32, 130, dtype=dtype)
-    own = nn.Linear(130, 5, dtype=dtype)
-    own.load_state_dict(layer.state_dict())
-    assert torch.equal(layer(x), own(x))
+    monkeypatch.setattr(linear, "frozen_matmul", refuse)
+    if case == "native":
+        monkeypatch.setattr(linear, "emulates_bf16", lambda: False)
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    layer = FrozenLinear(130, 5, dtype=dtype).requires_grad_(case == "trained")
+    x = torch.randn(EMULATION_MIN_ROWS - 1 if case == "few rows" else 32, 130, dtype=dtype)
+    reference = nn.Linear(130, 5, dtype=dtype)
+    reference.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), reference(x))
 
 
-def test_a_model_in_bfloat16_is_as_near_to_float64_as_with_torchs_own_products(
-    phi_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Loss and the gradients of the adapter. Float32 sums, rounded once, are no worse but by chance."""
+def test_emulation_is_decided_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the CPU has when a matmul is done, not when the module is imported."""
+    x = torch.randn(32, 4, dtype=torch.bfloat16)
+    assert linear.matmul_dtype(x) == torch.float32
+    monkeypatch.setattr(linear, "emulates_bf16", lambda: False)
+    assert linear.matmul_dtype(x) == torch.bfloat16
+
+
+def test_the_frozen_layers_methods_are_its_matmuls() -> None:
+    """Reference: float64 matmuls of the weight; x W^T + bias + scale lora, its transpose, and some of its rows."""
+    layer = FrozenLinear(6, 4, dtype=torch.float64).requires_grad_(False)
+    x, grad = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    lora_x = torch.randn(3, 2, dtype=torch.float64)
+    lora_b, lora_a = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    forward = layer.matmul(x, lora_x=lora_x, lora_b=lora_b, scale=0.5)
+    torch.testing.assert_close(forward, x @ layer.weight.t() + layer.bias + 0.5 * lora_x @ lora_b)
+    backward = layer.matmul_t(grad, lora_x=lora_x, lora_b=lora_a)
+    torch.testing.assert_close(backward, grad @ layer.weight + lora_x @ lora_a)
+    assert torch.equal(layer.rows(slice(1, 3)), layer.weight[1:3])
+    assert torch.equal(layer.rows(torch.tensor([3, 0, 3])), layer.weight[[3, 0, 3]])
+
+
+def test_emulation_is_as_close_to_float64_as_torchs_own(phi_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and the gradients of the adapter. Float32 sums that are rounded once are worse only by chance."""
     modules = {name: new_module(phi_dir, dtype=name) for name in ("float32", "bfloat16")}
-    exact, rounded = modules["float32"], modules["bfloat16"]
-    for ours, theirs in zip(exact.phi.parameters(), rounded.phi.parameters(), strict=True):
-        ours.data = theirs.data.double()
-    ids = torch.randint(0, exact.fused_phi.config.vocab_size, (2, 40))
+    float64, bfloat16 = modules["float32"], modules["bfloat16"]
+    for parameter, source in zip(float64.phi.parameters(), bfloat16.phi.parameters(), strict=True):
+        parameter.data = source.data.double()
+    ids = torch.randint(0, float64.fused_phi.config.vocab_size, (2, 40))
     labels = ids.clone()
     labels[:, :9] = IGNORE_INDEX
 
@@ -102,11 +124,11 @@ def test_a_model_in_bfloat16_is_as_near_to_float64_as_with_torchs_own_products(
         nats.backward()
         return [nats.detach(), *(p.grad for p in module.phi.parameters() if p.requires_grad)]
 
-    expected = nats_and_gradients(exact)
-    off = {}
+    expected = nats_and_gradients(float64)
+    errors = {}
     for emulated in (True, False):
-        monkeypatch.setattr(products, "EMULATED", emulated)
-        got = nats_and_gradients(rounded)
-        off[emulated] = [relative_difference(one.double(), other) for one, other in zip(got, expected, strict=True)]
-    assert sum(off[True]) < 1.5 * sum(off[False])
-    assert max(off[True]) < 0.05  # of a gradient through all layers: a dozen roundings to 8 bits
+        monkeypatch.setattr(linear, "emulates_bf16", lambda emulated=emulated: emulated)
+        results = nats_and_gradients(bfloat16)
+        errors[emulated] = [relative_difference(a.double(), b) for a, b in zip(results, expected, strict=True)]
+    assert sum(errors[True]) < 1.5 * sum(errors[False])
+    assert max(errors[True]) < 0.05  # of a gradient through all layers: a dozen roundings to 8 bits

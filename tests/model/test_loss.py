@@ -1,11 +1,15 @@
-"""The loss: sums over supervised positions and nothing else."""
+"""The loss: sums over supervised positions, against torch's cross-entropy."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-from lit_phi2.model.loss import causal_lm_loss
+from lit_phi2.model import loss as loss_module
+from lit_phi2.model.linear import FrozenLinear
+from lit_phi2.model.loss import PAD_ROWS_TO, causal_lm_loss
 from lit_phi2.types import IGNORE_INDEX
 
 
@@ -17,7 +21,7 @@ class CountingHead(nn.Linear):
         return super().forward(hidden)
 
 
-def test_nats_and_tokens_equal_cross_entropy_over_shifted_labels() -> None:
+def test_nats_equal_cross_entropy_over_shifted_labels() -> None:
     """Reference: torch's cross entropy on all logits, labels shifted by hand."""
     torch.manual_seed(0)
     hidden, head = torch.randn(2, 7, 16), nn.Linear(16, 11)
@@ -25,14 +29,14 @@ def test_nats_and_tokens_equal_cross_entropy_over_shifted_labels() -> None:
     labels[0, :3] = labels[1, 5:] = IGNORE_INDEX
     loss = causal_lm_loss(hidden, labels, head)
     logits = head(hidden)[:, :-1].reshape(-1, 11)
-    expected = functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+    expected = F.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
     torch.testing.assert_close(loss.nats, expected, rtol=1e-6, atol=0)
-    kept = labels[:, 1:] != IGNORE_INDEX
-    assert loss.num_tokens == kept.sum() == 8
-    assert loss.num_correct == (logits.view(2, 6, 11).argmax(-1) == labels[:, 1:])[kept].sum()
+    supervised = labels[:, 1:] != IGNORE_INDEX
+    assert loss.num_tokens == supervised.sum() == 8
+    assert loss.num_correct == (logits.view(2, 6, 11).argmax(-1) == labels[:, 1:])[supervised].sum()
 
 
-def test_prompt_and_padding_never_reach_the_head() -> None:
+def test_prompt_and_padding_never_reach_the_output_layer() -> None:
     head = CountingHead(16, 11)
     labels = torch.full((3, 20), IGNORE_INDEX)
     labels[1, 4:7] = 2
@@ -41,7 +45,7 @@ def test_prompt_and_padding_never_reach_the_head() -> None:
 
 
 def test_hidden_states_of_prompts_get_no_gradient() -> None:
-    """The state at t scores the label at t + 1, so it is that of the last prompt token which starts the response."""
+    """The state at t scores the label at t + 1, so the last prompt token's state scores the first response token."""
     hidden = torch.randn(1, 6, 16, requires_grad=True)
     labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 4, 5, IGNORE_INDEX]])
     causal_lm_loss(hidden, labels, nn.Linear(16, 11)).nats.backward()
@@ -50,7 +54,7 @@ def test_hidden_states_of_prompts_get_no_gradient() -> None:
 
 
 def test_without_labels_the_loss_is_zero_and_connected() -> None:
-    """A rank with nothing to do must still run backward, or the others wait for it."""
+    """A rank without rows must still run backward, or the other ranks wait for it."""
     hidden = torch.randn(1, 3, 16, requires_grad=True)
     loss = causal_lm_loss(hidden, torch.full((1, 3), IGNORE_INDEX), nn.Linear(16, 11))
     loss.nats.backward()
@@ -70,6 +74,30 @@ def test_bfloat16_logits_are_reduced_in_float32() -> None:
     assert loss.nats.item() == pytest.approx(100_000 * torch.log(torch.tensor(8.0)).item(), rel=1e-4)
 
 
-def test_shapes_that_do_not_match_are_refused() -> None:
+def test_labels_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="hidden covers"):
         causal_lm_loss(torch.zeros(1, 3, 4), torch.zeros(1, 4, dtype=torch.int64), nn.Linear(4, 8))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_chunked_loss_passes_gradcheck(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_BYTES", PAD_ROWS_TO * 16 * 3)  # chunks of three of the eleven tokens
+    head = FrozenLinear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(False)
+    hidden = torch.randn(1, 9, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[IGNORE_INDEX, 3, 4, IGNORE_INDEX, 10, 0, 1, 2, 2]])
+    assert torch.autograd.gradcheck(lambda hidden: causal_lm_loss(hidden, labels, head).nats * 0.7, (hidden,))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+def test_a_frozen_output_layer_gives_the_loss_of_a_trained(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: torch's cross entropy, which an output layer with gradients uses."""
+    monkeypatch.setattr(loss_module, "LOGITS_BYTES", chunk_size * PAD_ROWS_TO * 16)  # 32 positions of 16 bytes
+    head = FrozenLinear(6, 11, dtype=torch.float64)
+    hidden = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 9))
+    expected = causal_lm_loss(hidden, labels, head)
+    expected_grad = torch.autograd.grad(expected.nats, hidden)[0]
+    loss = causal_lm_loss(hidden, labels, copy.deepcopy(head).requires_grad_(False))
+    torch.testing.assert_close(loss.nats, expected.nats, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss.nats, hidden)[0], expected_grad, rtol=1e-12, atol=1e-14)
+    assert (loss.num_tokens, loss.num_correct) == (expected.num_tokens, expected.num_correct)

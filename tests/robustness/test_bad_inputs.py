@@ -1,6 +1,6 @@
-"""What a user gets wrong on the first evening: exit code 2, and a few lines that name the place and the cure.
+"""Mistakes of a new user: exit code 2, and a few lines that name the location and the fix.
 
-Through the command line as it is typed, in this process. No case reaches training; those of the data not even the base.
+Each case runs a whole command line in this process. None reaches training; those of the data do not load the base.
 """
 
 import json
@@ -17,25 +17,25 @@ import pytest
 from lit_phi2.cli.main import main
 
 TINY_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-SECRET = "Zanzibar"  # in every text of every record below; it must never be printed
+SECRET = "Zanzibar"  # in every text of every record below; it is never printed
 
 GOOD = {"id": "g1", "instruction": f"Why was {SECRET} denied?", "response": f"{SECRET} is included."}
 
 
 @pytest.fixture(autouse=True)
-def _quiet_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command line sets up logging and warnings for a process of its own."""
     monkeypatch.delenv("LIT_PHI2_TRACEBACK", raising=False)
-    ours = logging.getLogger("lit_phi2")
-    before = ours.handlers[:], ours.level, ours.propagate
+    logger = logging.getLogger("lit_phi2")
+    before = logger.handlers[:], logger.level, logger.propagate
     with warnings.catch_warnings():
         yield
-    ours.handlers[:], ours.level, ours.propagate = before
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @dataclass
 class CliResult:
-    """How a command ended."""
+    """Exit code and output of a command, and where its runs would be."""
 
     code: int
     stdout: str
@@ -44,7 +44,7 @@ class CliResult:
     runs: Path
 
     def check(self, *expected: str) -> None:
-        """Exit code 2; a few plain lines that hold what is expected, no traceback, no usage, no text of a record."""
+        """Exit code 2; at most 8 lines with every expected text; no traceback, no usage, no text of a record."""
         assert self.code == 2, self.stderr
         lines = self.stderr.strip().splitlines()
         assert 0 < len(lines) <= 8, self.stderr
@@ -66,7 +66,7 @@ def fit(
     def run(*arguments: object) -> CliResult:
         runs = tmp_path / "runs"
         fixed = ["--config", TINY_CONFIG, "--model.base", phi_dir, "--trainer.default_root_dir", runs]
-        fixed += ["--data.max_length", 512]  # the small base has no more positions
+        fixed += ["--data.max_length", 512]  # the context of the small base
         started = time.monotonic()
         code = main(["fit", *map(str, fixed), *map(str, arguments)])
         captured = capsys.readouterr()
@@ -78,10 +78,10 @@ def fit(
 Fit = Callable[..., CliResult]
 
 
-# Records: the bad one stands on line 2, after a good one; then what stderr must hold, beside its place
+# Records: line 2 of a file, after a good record; then what stderr must contain besides its location
 
-MEND = "Mend them, or set data.on_bad_record to 'skip'"
-BAD_RECORDS: dict[str, tuple[object, list[str]]] = {
+FIX = "Fix it, or set data.on_bad_record to 'skip'"
+INVALID_RECORDS: dict[str, tuple[object, list[str]]] = {
     "not JSON": (f'{{"instruction": "{SECRET}" "response"', ["is not valid JSON", "expected one object on the line"]),
     "not UTF-8": (f'{{"instruction": "{SECRET}\xe9"}}'.encode("latin-1"), ["is not UTF-8", "Save it as UTF-8"]),
     "not an object": ([SECRET, SECRET], ["is a list; expected an object with the fields of a record"]),
@@ -91,7 +91,7 @@ BAD_RECORDS: dict[str, tuple[object, list[str]]] = {
     ),
     "empty field": ({"instruction": "", "response": SECRET}, ["field 'instruction' is empty; expected a text"]),
     "blank field": ({"instruction": SECRET, "response": " \n"}, ["field 'response' is blank; expected a text"]),
-    "field that is no text": (
+    "field that is not a text": (
         {"instruction": SECRET, "response": {SECRET: SECRET}},
         ["field 'response' is an object; expected a text"],
     ),
@@ -107,28 +107,28 @@ BAD_RECORDS: dict[str, tuple[object, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_RECORDS)
-def test_a_bad_record_is_told_with_path_line_and_cure(kind: str, fit: Fit, tmp_path: Path) -> None:
-    record, expected = BAD_RECORDS[kind]
+@pytest.mark.parametrize("kind", INVALID_RECORDS)
+def test_an_invalid_record_is_reported_with_path_line_and_fix(kind: str, fit: Fit, tmp_path: Path) -> None:
+    record, expected = INVALID_RECORDS[kind]
     line = record if isinstance(record, bytes) else (record if isinstance(record, str) else json.dumps(record)).encode()
     path = tmp_path / "claims.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
-    ended = fit("--data.train_files", path)
-    ended.check(f"{path}:2: ", "1 bad record in data.train_files", MEND, *expected)
-    assert not ended.runs.exists()  # a fault in the data costs no folder
+    result = fit("--data.train_files", path)
+    result.check(f"{path}:2: ", "1 invalid record in data.train_files", FIX, *expected)
+    assert not result.runs.exists(), "invalid data creates no run folder"
 
 
-def test_every_bad_record_is_told_at_once(fit: Fit, tmp_path: Path) -> None:
+def test_all_invalid_records_are_reported_at_once(fit: Fit, tmp_path: Path) -> None:
     path = tmp_path / "claims.jsonl"
     path.write_text("".join(json.dumps({"instruction": f"{SECRET} {n}"}) + "\n" for n in range(5)), "utf-8")
-    fit("--data.train_files", path).check(*[f"{path}:{line}: " for line in range(1, 6)], "5 bad records")
+    fit("--data.train_files", path).check(*[f"{path}:{line}: " for line in range(1, 6)], "5 invalid records")
 
 
-def test_a_bad_record_to_validate_on_is_told_before_training(fit: Fit, write_jsonl: Callable[..., Path]) -> None:
+def test_an_invalid_val_record_is_reported_before_training(fit: Fit, write_jsonl: Callable[..., Path]) -> None:
     train, val = write_jsonl([GOOD], "train.jsonl"), write_jsonl([GOOD, {"instruction": SECRET}], "val.jsonl")
-    ended = fit("--data.train_files", train, "--data.val_files", val)
-    ended.check(f"{val}:2: has no field 'response'", "1 bad record in data.val_files")
-    assert not ended.runs.exists()
+    result = fit("--data.train_files", train, "--data.val_files", val)
+    result.check(f"{val}:2: has no field 'response'", "1 invalid record in data.val_files")
+    assert not result.runs.exists()
 
 
 # Files
@@ -151,44 +151,44 @@ BAD_FILES: dict[str, tuple[str, str | None, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_bad_file_is_told_with_its_path_and_cure(kind: str, fit: Fit, tmp_path: Path) -> None:
+def test_a_bad_file_is_reported_with_its_path_and_fix(kind: str, fit: Fit, tmp_path: Path) -> None:
     name, content, expected = BAD_FILES[kind]
     path = tmp_path / name
     if content is not None:
         path.write_text(content, "utf-8")
-    ended = fit("--data.train_files", path)
-    ended.check(str(path), *expected)
-    assert not ended.runs.exists()
+    result = fit("--data.train_files", path)
+    result.check(str(path), *expected)
+    assert not result.runs.exists()
 
 
-# Configs: a file, then what stderr must hold beside its path
+# Configs: a file, then what stderr must contain besides its path
 
 BAD_CONFIGS: dict[str, tuple[str, list[str]]] = {
     "unknown key": ("data:\n  batchsize: 2\n", ["unknown key 'data.batchsize'. Did you mean 'data.batch_size'?"]),
     "key of another section": ("data:\n  lora_r: 2\n", ["unknown key 'data.lora_r'. Did you mean 'model.lora_r'?"]),
     "key without its section": ("max_epochs: 2\n", ["unknown key 'max_epochs'. Did you mean 'trainer.max_epochs'?"]),
     "unknown section": ("optimizer:\n  lr: 2\n", ["unknown key 'optimizer'"]),
-    "empty section": ("model:\n", ["section 'model' holds no keys; expected some below it, or leave it out"]),
+    "empty section": ("model:\n", ["section 'model' has no keys; give it at least one, or remove it"]),
     "not YAML": ("model: [\n", ["is not valid YAML", "line 2"]),
-    "not keys": ("- model\n", ["holds no keys; expected sections such as model:, data: and trainer:"]),
+    "not keys": ("- model\n", ["has no keys; expected sections such as model:, data: and trainer:"]),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_CONFIGS)
-def test_a_bad_config_is_told_with_its_path_key_and_cure(kind: str, fit: Fit, tmp_path: Path) -> None:
+def test_a_bad_config_is_reported_with_path_key_and_fix(kind: str, fit: Fit, tmp_path: Path) -> None:
     content, expected = BAD_CONFIGS[kind]
     path = tmp_path / "mine.yaml"
     path.write_text(content, "utf-8")
-    ended = fit("--config", path)
-    ended.check(f"{path}: ", *expected)
-    assert not ended.runs.exists()
+    result = fit("--config", path)
+    result.check(f"{path}: ", *expected)
+    assert not result.runs.exists()
 
 
-def test_a_missing_config_is_told_with_those_there_are(fit: Fit) -> None:
+def test_a_missing_config_lists_the_packaged_ones(fit: Fit) -> None:
     fit("--config", "mine.yaml").check("--config mine.yaml: no such file", "tiny.yaml")
 
 
-def test_a_wrong_type_in_a_config_is_told_with_its_key(fit: Fit, tmp_path: Path) -> None:
+def test_a_wrong_type_in_a_config_is_reported_with_its_key(fit: Fit, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("trainer:\n  max_epochs: many\n", "utf-8")
     fit("--config", tmp_path / "mine.yaml").check('"trainer.max_epochs"', "Expected one of int, null. Got value: many")
 
@@ -203,11 +203,11 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--data.on_overlong", "cut"],
         ["data.on_overlong: 'cut'", "expected one of truncate, skip, error"],
     ),
-    "LoRA target that Phi-2 has in another form": (
+    "LoRA target that is part of Wqkv": (
         ["--model.target_modules", "[q_proj, fc1]"],
         ["model.target_modules: 'q_proj' names no linear layer", "Wqkv, fc1, fc2", "name Wqkv"],
     ),
-    "LoRA target that no model has": (
+    "LoRA target that does not exist": (
         ["--model.target_modules", "[Wqkv, gate]"],
         ["model.target_modules: 'gate' names no linear layer of this base; a block has dense, Wqkv, fc1, fc2"],
     ),
@@ -218,15 +218,15 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown accelerator": (["--trainer.accelerator", "gpux"], ["trainer: ", "accelerator='gpux'", "Available names"]),
     "negative seed": (["--seed_everything", "-1"], ["seed_everything: -1 is not between 0 and 4294967295"]),
-    "base that is no name": (
+    "unknown base": (
         ["--model.base", "phi2"],
         ["model.base: 'phi2' is neither a folder nor a hub id", "hf download microsoft/phi-2", "--model.base tiny"],
     ),
-    "examples longer than the base": (
+    "examples longer than the context of the base": (
         ["--data.max_length", "513"],
         ["data.max_length: 513 is more than the 512 positions of base"],
     ),
-    "checkpoint that is none": (
+    "missing checkpoint": (
         ["--ckpt_path", "nowhere.ckpt"],
         ["--ckpt_path nowhere.ckpt: does not exist; expected"],
     ),
@@ -235,46 +235,46 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_FLAGS)
-def test_a_bad_flag_is_told_with_its_key_and_cure(kind: str, fit: Fit) -> None:
+def test_a_bad_flag_is_reported_with_its_key_and_fix(kind: str, fit: Fit) -> None:
     flags, expected = BAD_FLAGS[kind]
     fit(*flags).check(*expected)
 
 
-def test_a_base_that_is_not_here_ends_soon_without_a_network(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No name is resolved, as on a machine without network; under 20 seconds, where a retry would take minutes."""
+def test_a_missing_base_fails_fast_without_a_network(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """getaddrinfo fails, as on a machine without network. Under 20 seconds; retries would take minutes."""
 
     def getaddrinfo(*address: object, **options: object) -> None:
-        asked.append(address[0])
+        requested.append(address[0])
         raise socket.gaierror(socket.EAI_AGAIN, "no network in this test")
 
-    asked: list[object] = []
+    requested: list[object] = []
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    ended = fit("--model.base", "acme/no-such-phi")
-    ended.check(
+    result = fit("--model.base", "acme/no-such-phi")
+    result.check(
         "model.base: 'acme/no-such-phi' is not on this machine", "hf download microsoft/phi-2", "/path/to/phi-2"
     )
-    assert ended.seconds < 20
-    assert asked  # it did try
+    assert result.seconds < 20
+    assert requested, "the download was tried"
 
 
-def test_a_folder_that_holds_no_model_is_told_with_what_is_missing(fit: Fit, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_names_the_missing_file(fit: Fit, tmp_path: Path) -> None:
     fit("--model.base", tmp_path).check(f"model.base: {tmp_path} has no config.json", "hf download microsoft/phi-2")
 
 
-def test_a_model_that_is_no_phi_is_told_with_what_it_is(fit: Fit, tmp_path: Path) -> None:
+def test_a_model_of_another_type_is_named(fit: Fit, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', "utf-8")
     fit("--model.base", tmp_path).check(f"model.base: '{tmp_path}' is a 'llama' model; expected 'phi', as Phi-2 is")
 
 
-def test_a_traceback_is_there_for_those_who_ask(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_shows_the_traceback(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_PHI2_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no such file"):
         fit("--data.train_files", "nowhere.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--data.input_field", "contxt"], "data.input_field: no record has a field 'contxt'"),
         (
@@ -283,11 +283,11 @@ def test_a_traceback_is_there_for_those_who_ask(fit: Fit, monkeypatch: pytest.Mo
         ),
         (["--model.weight_decay", "-1"], "model.weight_decay"),
         (["--model.lora_alpha", "0"], "model.lora_alpha"),
-        (["--run_name", "../elsewhere"], "run_name: '../elsewhere' is no name for a folder"),
+        (["--run_name", "../elsewhere"], "run_name: '../elsewhere' is not a valid folder name"),
         (["--trainer.num_sanity_val_steps", "1"], "trainer.num_sanity_val_steps: must be -1"),
         (
             ["--trainer.devices", "2", "--trainer.strategy", "ddp_spawn"],
-            "trainer.strategy: DDPStrategy has no use here",
+            "trainer.strategy: DDPStrategy is not supported here",
         ),
         (["--model.adapter", "nowhere"], "--model.adapter nowhere: does not exist"),
         (["--ckpt_path", "last"], "--ckpt_path last: no run of"),
@@ -298,13 +298,13 @@ def test_a_traceback_is_there_for_those_who_ask(fit: Fit, monkeypatch: pytest.Mo
         (["more.yaml"], "Did you mean --config more.yaml?"),
     ],
 )
-def test_a_setting_that_would_be_ignored_or_fail_late_is_refused_at_once(
-    arguments: list[str], told: str, phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_settings_without_effect_or_failing_late_are_refused(
+    arguments: list[str], message: str, phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = ["--trainer.default_root_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"]
-    root += ["--data.max_length", "512"]  # the small base has no more positions
+    root += ["--data.max_length", "512"]  # the context of the small base
     assert main(["fit", "--config", str(TINY_CONFIG), "--model.base", str(phi_dir), *root, *arguments]) == 2
-    shown = capsys.readouterr().err
-    assert told in shown
-    assert "Traceback" not in shown
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert "Traceback" not in stderr
     assert not (tmp_path / "runs").exists()

@@ -1,1 +1,1 @@
-"""What a run shows and keeps: checkpoints, samples, predictions, completions of test, throughput."""
+"""Callbacks that write the outputs of a run and show its progress."""

@@ -1,12 +1,12 @@
-"""Checkpoints: last.ckpt and the best by val/loss, written at the end of an optimizer step's window and nowhere else.
+"""Checkpoints: last.ckpt, and the best by val/loss, written only at the end of an optimizer step.
 
-    checkpoints/last.ckpt    after every validation and every epoch, so often as the config says, and when asked to stop
-    checkpoints/best.ckpt    the one with the lowest val/loss, measured on just these weights
-    adapter/                 the best, in PEFT form, at the end of fit
+    checkpoints/last.ckpt    after every validation and epoch, every n steps or minutes, and before a requested stop
+    checkpoints/best.ckpt    the one with the lowest val/loss, measured on exactly these weights
+    adapter/                 the best in PEFT form, at the end of fit
 
-Inside a window the gradients gathered so far would be lost, so whatever asks for a checkpoint or for a stop there
-(max_time, early stopping, a signal, the clock) waits for the window's end. And before a validation the run would go on
-without it, so what is asked for right before one waits until it is over.
+Inside an accumulation window a checkpoint would lose the gradients so far. So a checkpoint or a stop that is requested
+there (max_time, early stopping, a signal, the clock) waits for the end of the window. A run resumed from a checkpoint
+written right before a validation would skip that validation, so such a checkpoint waits until the validation is over.
 """
 
 import io
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and nowhere but into its folder: Lightning's passes through /tmp."""
+    """Writes a checkpoint completely or not at all, and only into its folder: Lightning's goes through /tmp."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
@@ -41,12 +41,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class AdapterCheckpoint(Checkpoint):
-    """Keeps the last and the best state of a run, and stops it cleanly.
+    """Writes the last and the best checkpoint of a run, and stops the run cleanly on a signal.
 
     Args:
         folder: of the run.
-        every_n_steps: optimizer steps from one last.ckpt to the next, at most; None for as many as there are.
-        every_minutes: likewise in time.
+        every_n_steps: the most optimizer steps between two checkpoints; None for no limit.
+        every_minutes: the most minutes between two checkpoints; None for no limit.
     """
 
     def __init__(self, folder: Path, *, every_n_steps: int | None = None, every_minutes: float | None = None) -> None:
@@ -57,10 +57,10 @@ class AdapterCheckpoint(Checkpoint):
         self.best = folder / "checkpoints" / "best.ckpt"
         self.best_loss = math.inf
         self._step = 0
-        self._written_at_step = 0
-        self._written_at = time.monotonic()
+        self._last_write_step = 0
+        self._last_write_time = time.monotonic()
         self._is_best = False
-        self._stop_at_window_end = False
+        self._stop_requested = False
         self._signal = 0
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -74,8 +74,8 @@ class AdapterCheckpoint(Checkpoint):
         self._install_handlers()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = self._written_at_step = trainer.global_step
-        self._written_at = time.monotonic()
+        self._step = self._last_write_step = trainer.global_step
+        self._last_write_time = time.monotonic()
         self._install_handlers()
         if self._signal:
             raise RunInterrupted("stopped before the first step; there is nothing to save.", self._signal)
@@ -87,15 +87,15 @@ class AdapterCheckpoint(Checkpoint):
         self._step = trainer.global_step
         if not window_ended:
             if trainer.should_stop:
-                trainer.should_stop, self._stop_at_window_end = False, True
+                trainer.should_stop, self._stop_requested = False, True
             return
-        if self._stop_at_window_end:
+        if self._stop_requested:
             trainer.should_stop = True
         if 0 < trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True  # as the module will, whose hook comes after this one
+            trainer.should_stop = True  # as the module does, in its hook after this one
         if _epoch_ended(trainer) or _validation_follows(trainer):
-            return  # written in on_train_epoch_end, once the loops have counted the epoch, or in on_validation_end
-        if self._agree(trainer, self._is_due()) or self._signal or trainer.should_stop:
+            return  # on_train_epoch_end writes after the loops have counted the epoch, or on_validation_end does
+        if self._any_rank(trainer, self._is_due()) or self._signal or trainer.should_stop:
             self._write(trainer)
         self._raise_if_interrupted(trainer)
 
@@ -111,7 +111,7 @@ class AdapterCheckpoint(Checkpoint):
             self._raise_if_interrupted(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _epoch_ended(trainer):  # else it was stopped inside the epoch, and written then
+        if _epoch_ended(trainer):  # otherwise the run stopped inside the epoch, and was written there
             self._write(trainer)
             self._raise_if_interrupted(trainer)
 
@@ -119,9 +119,9 @@ class AdapterCheckpoint(Checkpoint):
         self._restore_handlers()
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the best adapter; fit calls it last, also where a resumed run finds that all steps were taken.
+        """Write the best adapter in PEFT form; fit calls this last.
 
-        Lightning calls no hook of training then, and the run may have been killed in here.
+        Not a hook: a run killed in here resumes with all steps taken, and Lightning then calls no training hook.
         """
         if not trainer.is_global_zero:
             return
@@ -132,43 +132,43 @@ class AdapterCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
 
-    def _agree(self, trainer: pl.Trainer, due: bool) -> bool:
-        """Whether a checkpoint is due on any rank; a signal that reached one of them has then reached all."""
+    def _any_rank(self, trainer: pl.Trainer, due: bool) -> bool:
+        """Whether a checkpoint is due on any rank; also shares a signal that reached one rank with all."""
         if trainer.world_size == 1:
             return due
-        asked = torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        self._signal, due_anywhere = asked.tolist()
-        return bool(due_anywhere)
+        requests = torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(requests, torch.distributed.ReduceOp.MAX)
+        self._signal, any_due = requests.tolist()
+        return bool(any_due)
 
     def _is_due(self) -> bool:
-        steps, minutes = self._step - self._written_at_step, (time.monotonic() - self._written_at) / 60
+        steps, minutes = self._step - self._last_write_step, (time.monotonic() - self._last_write_time) / 60
         return (self.every_n_steps is not None and steps >= self.every_n_steps) or (
             self.every_minutes is not None and minutes >= self.every_minutes
         )
 
     def _write(self, trainer: pl.Trainer) -> None:
-        """The state, and before it the best: a kill between the two goes back to a time when the best was not yet."""
+        """Write best.ckpt before last.ckpt: after a kill between them, the older last.ckpt finds the best again."""
         for logger in trainer.loggers:
-            logger.save()  # what the curves hold up to here must be there if the run goes on from here
+            logger.save()  # a resumed run does not write the scalars up to this step again
         first, second = (self.best, self.last) if self._is_best else (self.last, None)
-        trainer.save_checkpoint(first, weights_only=False)  # rank 0 writes, the others wait for it
+        trainer.save_checkpoint(first, weights_only=False)  # rank 0 writes, the other ranks wait
         if second is not None and trainer.is_global_zero:
             atomic_write(second, first.read_bytes())
         self._is_best = False
-        self._written_at_step, self._written_at = self._step, time.monotonic()
+        self._last_write_step, self._last_write_time = self._step, time.monotonic()
 
     def _install_handlers(self) -> None:
-        """From Lightning, which set its own by now: those act inside a window, and exit with other codes."""
+        """Replace Lightning's handlers: those act inside an accumulation window, and exit with other codes."""
         for number in (signal.SIGINT, signal.SIGTERM):
             if number not in self._handlers:
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the run at once; the last checkpoint stays
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second signal ends the run at once
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        log.info("stopping after this optimizer step; once more to stop at once")
+        log.info("stopping after this optimizer step; a second signal stops at once")
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -176,7 +176,7 @@ class AdapterCheckpoint(Checkpoint):
         self._handlers.clear()
 
     def _raise_if_interrupted(self, trainer: pl.Trainer) -> None:
-        self._agree(trainer, False)
+        self._any_rank(trainer, False)
         if self._signal:
             raise RunInterrupted(
                 f"stopped and saved. To continue: python -m lit_phi2 fit --config {self.folder / 'config.yaml'} "
@@ -192,6 +192,6 @@ def _epoch_ended(trainer: pl.Trainer) -> bool:
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates right after this micro-batch; there is no public way to ask."""
+    """Whether Lightning validates right after this micro-batch; Lightning has no public method for this."""
     loop = trainer.fit_loop
     return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

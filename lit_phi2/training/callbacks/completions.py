@@ -1,8 +1,10 @@
-"""Answers: after test has measured the loss, answer the same records, with the adapter and without it.
+"""TestCompletions: after `test` has measured the loss, complete the same records with the adapter and with the base.
 
-    prompts of the test records -> {"adapter": [Answer, ...], "base": [Answer, ...]}       without a checkpoint: "base"
+    prompts of the test records  ->  {"adapter": [Completion, ...], "base": [Completion, ...]}
+                                     without an adapter: {"base": [...]}
 
-What the answers are worth is counted in `quality.py`, when the run is over.
+Every rank completes a part of the batches; afterwards all ranks hold all completions, in the order of the records.
+`training/scoring.py` scores them when the run is over.
 """
 
 import logging
@@ -12,42 +14,43 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_phi2.generation.engine import Completion
+from lit_phi2.training.protocols import training_data
 
 log = logging.getLogger(__name__)
 
 
 class TestCompletions(Callback):
-    """Collects greedy answers to the first `count` test records, or to all.
+    """Collects greedy completions of the first `count` test records, or of all.
 
     Args:
-        adapted: whether the model carries a trained adapter; if so the base answers too.
-        count: of records.
+        has_adapter: the model has a trained adapter, so base and adapter are compared.
+        count: None for all records.
     """
 
-    __test__ = False  # not a test, whatever pytest makes of the name
+    __test__ = False  # pytest collects classes by the prefix Test
 
-    def __init__(self, *, adapted: bool, count: int | None = None) -> None:
-        self.adapted = adapted
+    def __init__(self, *, has_adapter: bool, count: int | None = None) -> None:
+        self.has_adapter = has_adapter
         self.count = count
-        self.answers: dict[str, list[Completion]] = {}
+        self.completions: dict[str, list[Completion]] = {}
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.adapted:
-            self.answers["adapter"] = self._answer(trainer, pl_module, "with the adapter")
+        if self.has_adapter:
+            self.completions["adapter"] = self._complete(trainer, pl_module, "the adapter")
             with pl_module.phi.disable_adapter():
-                self.answers["base"] = self._answer(trainer, pl_module, "by the base alone")
+                self.completions["base"] = self._complete(trainer, pl_module, "the base")
         else:
-            self.answers["base"] = self._answer(trainer, pl_module, "by the base")
+            self.completions["base"] = self._complete(trainer, pl_module, "the base")
 
-    def _answer(self, trainer: pl.Trainer, pl_module: pl.LightningModule, how: str) -> list[Completion]:
-        batches = trainer.datamodule.prompt_batches("test", self.count)
+    def _complete(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model_name: str) -> list[Completion]:
+        batches = training_data(trainer).prompt_batches("test", self.count)
         total = sum(len(batch.indices) for batch in batches)
-        answers: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
         for batch in batches[trainer.global_rank :: trainer.world_size]:
-            answers.update(zip(batch.indices, pl_module.generate(batch.prompts), strict=True))
-            log.info("answered %s: %d of %d records", how, len(answers), total)
+            completions.update(zip(batch.indices, pl_module.generate(batch.prompts), strict=True))
+            log.info("completed by %s: %d of %d records", model_name, len(completions), total)
         if trainer.world_size > 1:
             gathered: list[dict[int, Completion]] = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, answers)
-            answers = {index: answer for part in gathered for index, answer in part.items()}
-        return [answers[index] for index in range(total)]
+            torch.distributed.all_gather_object(gathered, completions)
+            completions = {index: completion for part in gathered for index, completion in part.items()}
+        return [completions[index] for index in range(total)]

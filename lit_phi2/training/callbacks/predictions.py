@@ -1,10 +1,10 @@
-"""Predictions: one object a record, in the order of the input, without the prompt.
+"""PredictionWriter: one object a record, in the order of the input.
 
-    predictions.jsonl.part    a header, then what was answered so far, batch by batch as it came, with its index
-    predictions.jsonl         {"id", "instruction", "input", "response", "prediction", "finish_reason", "new_tokens"}
+    predictions.jsonl.part    a fingerprint, then one line a completion with its index, in the order of generation
+    predictions.jsonl         {"id", "instruction", "input", "reference", "completion", "finish_reason", "new_tokens"}
 
-Prompts are answered shortest first, so that a batch is padded little; the order is restored here, at the end. A predict
-that was killed goes on from its .part, if the same model answers the same prompts.
+Prompts are completed shortest first, so that batches have little padding; `finish` restores the order. A predict that
+was killed continues from its .part file, if the fingerprint shows the same model and the same prompts.
 """
 
 import glob
@@ -18,109 +18,120 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.data.records import Record
+from lit_phi2.generation.engine import Completion
+from lit_phi2.training.protocols import tokenizer_of, training_data
 from lit_phi2.types import PromptBatch
 from lit_phi2.utils.files import atomic_write
 
 
 class PredictionWriter(Callback):
-    """Appends answers as they come, and at the end sorts them into the file.
+    """Appends completions to a .part file of each rank, and at the end sorts them into the file.
 
     Args:
         file: to write, replaced if it exists.
-        identity: what decides the answers: model and prompts.
+        fingerprint: everything that decides the completions: model and prompts.
+
+    Attributes:
+        num_completions: written to the file.
+        num_at_limit: those that stopped at max_new_tokens.
     """
 
-    def __init__(self, file: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, file: Path, fingerprint: dict[str, Any]) -> None:
         self.file = file
-        self.header = json.dumps(identity, sort_keys=True) + "\n"
-        self.written = 0
-        self.cut = 0
+        self.header = json.dumps(fingerprint, sort_keys=True) + "\n"
+        self.num_completions = 0
+        self.num_at_limit = 0
 
     def read_completed(self) -> NDArray[np.int64]:
-        """The indices that an earlier predict of the same identity has answered; a .part of another is removed."""
-        completed = array("q")  # numbers side by side here and below, since there may be millions
+        """Indices that an earlier predict with this fingerprint completed; other .part files are removed."""
+        completed = array("q")  # packed int64 here and below: there may be millions
         for part in self._parts():
-            whole = 0  # bytes: a kill may have cut the last line
+            valid_bytes = 0  # a kill may have cut the last line short
             with part.open("rb") as file:
                 if file.readline() == self.header.encode():
-                    whole = len(self.header.encode())
+                    valid_bytes = len(self.header.encode())
                     for line in file:
                         if not line.endswith(b"\n"):
                             break
                         completed.append(json.loads(line)["index"])
-                        whole += len(line)
-            if whole:
+                        valid_bytes += len(line)
+            if valid_bytes:
                 with part.open("r+b") as file:
-                    file.truncate(whole)
+                    file.truncate(valid_bytes)
             else:
-                part.unlink(missing_ok=True)  # every rank reads and tidies them
+                part.unlink(missing_ok=True)  # several ranks read and remove the same files
         return np.array(completed, np.int64)
 
     def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        outputs: list[Completion],
         batch: PromptBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        data = trainer.datamodule
+        data = training_data(trainer)
+        tokenizer, records = tokenizer_of(data), data.splits["predict"].records
         part = self._part(trainer.global_rank)
         lines = [] if part.is_file() else [self.header]
-        for index, answer in zip(batch.indices, outputs, strict=True):
-            record = data.splits["predict"].records[index]
-            prediction = {
-                "index": index,
-                "id": record.id,
-                "instruction": record.instruction,
-                "input": record.input,
-                "reference": record.response,
-                "completion": data.tokenizer.decode(answer.ids),
-                "finish_reason": answer.finish_reason,
-                "new_tokens": len(answer.ids),
-            }
+        for index, completion in zip(batch.indices, outputs, strict=True):
+            prediction = {"index": index} | to_prediction(records[index], completion, tokenizer)
             lines.append(json.dumps(prediction, ensure_ascii=False) + "\n")
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as file:
             file.write("".join(lines).encode())
 
     def finish(self) -> None:
-        """Sort what all parts hold into the file, then remove them."""
+        """Sort the lines of all parts into the file, then remove the parts."""
         parts = self._parts()
-        places = array("q")  # index, part and offset of each line, since the texts may be more than memory holds
+        locations = array("q")  # index, part and offset of each line: the texts may not fit in memory
         for number, part in enumerate(parts):
             offset = len(self.header.encode())
             with part.open("rb") as file:
                 file.seek(offset)
                 for line in file:
-                    places.extend((json.loads(line)["index"], number, offset))
+                    locations.extend((json.loads(line)["index"], number, offset))
                     offset += len(line)
-        atomic_write(self.file, self._sorted(parts, np.array(places, np.int64).reshape(-1, 3)))
+        atomic_write(self.file, self._sorted_lines(parts, np.array(locations, np.int64).reshape(-1, 3)))
         for part in parts:
             part.unlink(missing_ok=True)
 
-    def _sorted(self, parts: list[Path], places: NDArray[np.int64]) -> Iterator[str]:
-        """The lines in the order of their indices; what two runs at once have answered twice, once."""
+    def _sorted_lines(self, parts: list[Path], locations: NDArray[np.int64]) -> Iterator[str]:
+        """The lines in the order of their indices; an index that two ranks completed appears once."""
         files = [part.open("rb") for part in parts]
         try:
-            for row in np.unique(places[:, 0], return_index=True)[1].tolist():
-                _, number, offset = places[row].tolist()
+            for row in np.unique(locations[:, 0], return_index=True)[1].tolist():
+                _, number, offset = locations[row].tolist()
                 file = files[number]
                 file.seek(offset)
                 prediction = json.loads(file.readline())
                 del prediction["index"]
-                self.written += 1
-                self.cut += prediction["finish_reason"] == "length"
+                self.num_completions += 1
+                self.num_at_limit += prediction["finish_reason"] == "length"
                 yield json.dumps(prediction, ensure_ascii=False) + "\n"
         finally:
             for file in files:
                 file.close()
 
     def _part(self, rank: int) -> Path:
-        """Each process has its own."""
         return self.file.with_name(f"{self.file.name}.part{rank or ''}")
 
     def _parts(self) -> list[Path]:
         return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.part*"))
+
+
+def to_prediction(record: Record, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A line of predictions.jsonl; `reference` only where the record has a response."""
+    return {
+        "id": record.id,
+        "instruction": record.instruction,
+        "input": record.input,
+        **({"reference": record.response} if record.response else {}),
+        "completion": tokenizer.decode(completion.ids),
+        "finish_reason": completion.finish_reason,
+        "new_tokens": len(completion.ids),
+    }

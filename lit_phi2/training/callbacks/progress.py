@@ -1,4 +1,10 @@
-"""training/callbacks/progress.py."""
+"""Progress: a bar on a terminal, and a line every few seconds in a log file.
+
+    terminal    Epoch 0:  41%|####      | 196/480 [..., loss=0.3, tokens/s=2,140, left=0:04:11]
+    log file    step 196/1440  loss 0.3012  2,140 tokens/s  0:04:11 left
+
+Speed comes from Throughput, which excludes validation and samples, so the time left excludes them too.
+"""
 
 import sys
 import time
@@ -15,7 +21,7 @@ class ProgressBar(TQDMProgressBar):
     """Lightning's bar with loss, tokens/s and the time left of the whole run.
 
     Args:
-        throughput: where the speed comes from.
+        throughput: measures the speed.
     """
 
     def __init__(self, throughput: Throughput) -> None:
@@ -24,30 +30,30 @@ class ProgressBar(TQDMProgressBar):
 
     @property
     def sanity_check_description(self) -> str:
-        return "The base"
+        return "Base"
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if trainer.state.fn == "fit" and self.throughput.trained_steps:
             metrics["tokens/s"] = f"{self.throughput.tokens_per_second:,.0f}"
-            metrics["left"] = _clock(self.throughput.seconds_left(pl_module.total_steps()))
+            metrics["left"] = _format_seconds(self.throughput.seconds_left(pl_module.total_steps()))
         return metrics
 
 
 class ProgressLogger(ProgressBarBase):
-    """For a log file: a line now and then instead of a bar that redraws itself.
+    """Lines for a log file, instead of a bar that redraws itself.
 
     Args:
-        throughput: where the speed comes from.
-        every_seconds: at least so long from one line to the next.
+        throughput: measures the speed.
+        every_seconds: the least time between two lines.
     """
 
     def __init__(self, throughput: Throughput, every_seconds: float = 10.0) -> None:
         super().__init__()
         self.throughput = throughput
         self.every_seconds = every_seconds
-        self.printed = -every_seconds
+        self.last_print = -every_seconds
         self.disabled = False
 
     def disable(self) -> None:
@@ -63,7 +69,7 @@ class ProgressLogger(ProgressBarBase):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._print(f"batch {batch_idx + 1}/{trainer.num_predict_batches[0]} answered")
+        self._print(f"batch {batch_idx + 1}/{trainer.num_predict_batches[0]} completed")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,25 +80,25 @@ class ProgressLogger(ProgressBarBase):
         total = pl_module.total_steps()
         self._print(
             f"step {trainer.global_step}/{total}  loss {loss:.4f}  {self.throughput.tokens_per_second:,.0f} tokens/s  "
-            f"{_clock(self.throughput.seconds_left(total))} left",
-            always=trainer.global_step == total,
+            f"{_format_seconds(self.throughput.seconds_left(total))} left",
+            force=trainer.global_step == total,
         )
 
-    def _print(self, line: str, *, always: bool = False) -> None:
+    def _print(self, line: str, *, force: bool = False) -> None:
         now = time.monotonic()
         if self.disabled:
             return
-        if always or now - self.printed >= self.every_seconds:
-            self.printed = now
+        if force or now - self.last_print >= self.every_seconds:
+            self.last_print = now
             print(line, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     """Hours, minutes and seconds.
 
-    >>> _clock(3725.4)
+    >>> _format_seconds(3725.4)
     '1:02:05'
     """
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{seconds_rest:02d}"

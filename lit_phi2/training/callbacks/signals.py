@@ -1,4 +1,8 @@
-"""training/callbacks/signals.py."""
+"""DefaultSigterm: SIGTERM ends at once a run that has no checkpoint to write.
+
+Lightning installs a handler that only records the signal, and continues. It does so after `setup`, so the default
+handler is restored at the first hook of the loop.
+"""
 
 import signal
 
@@ -7,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class DefaultSigterm(Callback):
-    """SIGTERM ends at once what has no checkpoint to write; Lightning would note it and go on."""
+    """Restores the default handler of SIGTERM when a loop starts."""
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""The fused Wqkv: moved weights, nothing computed, and the native Phi left alone."""
+"""Loading a base: weights are copied, nothing is computed, and what does not fit is refused."""
 
 from pathlib import Path
 
@@ -26,9 +26,7 @@ def test_wqkv_holds_the_rows_of_q_then_k_then_v(phi_dir: Path, base: BaseModel) 
     assert fused.num_parameters() == native.num_parameters()
 
 
-def test_a_checkpoint_in_shards_and_float16_loads_as_one_in_a_single_file(
-    phi_dir: Path, base: BaseModel, tmp_path: Path
-) -> None:
+def test_sharded_float16_loads_like_a_single_file(phi_dir: Path, base: BaseModel, tmp_path: Path) -> None:
     """Phi-2 itself comes in two shards of float16; the tolerance is the rounding to float16 of weights below 1."""
     native = PhiForCausalLM.from_pretrained(phi_dir, dtype=torch.float16)
     native.save_pretrained(tmp_path, max_shard_size="300KB")
@@ -40,7 +38,7 @@ def test_a_checkpoint_in_shards_and_float16_loads_as_one_in_a_single_file(
         torch.testing.assert_close(sharded.get_parameter(name), parameter, rtol=2**-11, atol=1e-7)
 
 
-def test_the_linear_layers_of_a_block_are_known_without_loading(base: BaseModel) -> None:
+def test_linear_layers_are_known_without_loading(base: BaseModel) -> None:
     assert linear_layers(base) == {"Wqkv": 2, "dense": 2, "fc1": 2, "fc2": 2}
 
 
@@ -51,7 +49,7 @@ def test_grouped_keys_are_refused(phi_dir: Path) -> None:
         FusedPhiForCausalLM(config)
 
 
-def test_the_packaged_tiny_phi_is_a_native_phi_with_an_end_token_and_no_pad_token() -> None:
+def test_the_tiny_phi_is_native_with_eos_and_no_pad_token() -> None:
     tiny = resolve_base_model("tiny")
     model = PhiForCausalLM.from_pretrained(tiny.folder)
     tokenizer = load_tokenizer(tiny)
@@ -64,7 +62,7 @@ def test_the_packaged_tiny_phi_is_a_native_phi_with_an_end_token_and_no_pad_toke
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_another_base_has_another_digest_and_a_copy_the_same(base: BaseModel, phi_dir: Path, tmp_path: Path) -> None:
+def test_only_a_copy_of_a_base_has_its_digest(base: BaseModel, phi_dir: Path, tmp_path: Path) -> None:
     for path in phi_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert resolve_base_model(str(tmp_path)).digest == base.digest
@@ -77,7 +75,7 @@ def test_another_base_has_another_digest_and_a_copy_the_same(base: BaseModel, ph
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "'llama' model"),
@@ -85,17 +83,17 @@ def test_another_base_has_another_digest_and_a_copy_the_same(base: BaseModel, ph
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
     ],
 )
-def test_a_folder_that_is_no_phi_is_refused_with_what_it_lacks(
-    spoil: object, told: str, phi_dir: Path, tmp_path: Path
+def test_a_folder_without_a_phi_is_refused_with_the_reason(
+    damage: object, message: str, phi_dir: Path, tmp_path: Path
 ) -> None:
     for path in phi_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    spoil(tmp_path)
-    with pytest.raises(InputError, match=told):
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message):
         resolve_base_model(str(tmp_path))
 
 
-def test_a_gap_in_the_weights_is_refused_and_not_filled_with_random_numbers(phi_dir: Path, tmp_path: Path) -> None:
+def test_a_missing_weight_is_refused_not_randomly_filled(phi_dir: Path, tmp_path: Path) -> None:
     for path in phi_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")

@@ -1,0 +1,62 @@
+"""Run folder: rank 0 opens runs/<run_name>/version_<n>, and every rank of the run writes there.
+
+    one process                              opens it
+    processes that Lightning starts          the first opens it before the others start; they inherit its environment
+    processes that torchrun or SLURM start   rank 0 opens it and broadcasts the path
+
+Every rank must use the same path: version_<n> is a new number at each call, so only rank 0 may open a folder.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from lit_phi2.errors import InputError
+from lit_phi2.utils.files import atomic_write
+from lit_phi2.utils.paths import create_run_dir
+
+RUN_FOLDER_VARIABLE = "LIT_PHI2_RUN_FOLDER"  # passes the path to processes that Lightning starts
+
+
+def open_run_dir(root: Path, run_name: str, config: str) -> Path:
+    """A new run folder that holds the run's config."""
+    run_dir = create_run_dir(root, run_name)
+    atomic_write(run_dir / "config.yaml", config)
+    return run_dir
+
+
+def broadcast_run_dir(trainer: pl.Trainer, open_dir: Callable[[], Path]) -> Path:
+    """The folder that rank 0 opens, on every rank.
+
+    Raises:
+        InputError: several machines, without torchrun or SLURM.
+    """
+    if trainer.world_size == 1:
+        return open_dir()
+    if not trainer.is_global_zero and RUN_FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[RUN_FOLDER_VARIABLE])
+    if trainer.strategy.cluster_environment.creates_processes_externally:  # torchrun, SLURM: all ranks are running
+        trainer.strategy.setup_environment()
+        run_dir: Path = trainer.strategy.broadcast(open_dir() if trainer.is_global_zero else None)
+        return run_dir
+    if not trainer.is_global_zero:
+        raise InputError("trainer.num_nodes: the processes of several machines are started by torchrun or SLURM.")
+    run_dir = open_dir()
+    os.environ[RUN_FOLDER_VARIABLE] = str(run_dir)  # Lightning starts the other ranks after this
+    return run_dir
+
+
+def check_writable(file: Path, source: str) -> None:
+    """Refuse an output file before hours of generation, not after them.
+
+    Args:
+        file: to write.
+        source: begins the message: the file or the flag that names it.
+
+    Raises:
+        InputError: the file is a folder, or its folder is a file.
+    """
+    if file.is_dir() or any(parent.is_file() for parent in file.parents):
+        raise InputError(f"{source}: cannot be written; it is a folder, or lies below a file.")

@@ -1,0 +1,194 @@
+"""GPU check: every measurement that needs a GPU, in one run of less than 8 minutes, on a machine without a network.
+
+    scripts/gpu_check --wheels DIR --python-version 3.12    on a machine with a package registry: collect wheels
+    scripts/gpu_check --find-links DIR                      on the GPU's machine: install them, then measure
+    scripts/gpu_check                                       where everything is installed already
+    scripts/gpu_check --tiny --device cpu                   every part in a small size: the test of this program
+
+    machine      card, versions                             tests       pytest -m cuda
+    base         a random Phi-2 of 32 layers on disk        training    lit_phi2 and HF Trainer, alternating
+    prediction   lit_phi2 and transformers, alternating     resume      an interrupted run, bit for bit
+
+Each part is a process with a time limit of its own. Its measurements are written to --output as they are made, so a run
+that is cut off keeps them. A part that fails or exceeds its limit is recorded as such and the next one starts; the exit
+code is 1 then. The limits of all parts together are below 8 minutes.
+
+Only the standard library is imported here, because a bare machine has nothing else.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_parts import environment
+from gpu_parts.settings import PARTS, Settings, new_settings, parse_limits
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG_LINES = 15  # of a failed part, in the report
+
+Report = dict[str, Any]  # JSON values
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.worker:
+        run_worker(args.worker, Settings(**json.loads(args.settings)), args.output)
+        return 0
+    if args.wheels:
+        environment.collect_wheels(args.wheels, names=args.only, python_version=args.python_version)
+        return 0
+    missing = environment.missing_requirements()
+    if args.missing:
+        print("\n".join(missing))
+        return 0
+    python = sys.executable
+    if missing:
+        print(f"missing: {', '.join(missing)}; installing from {args.find_links}", flush=True)
+        python = environment.make_environment(args.find_links, args.work_dir / "env")
+    settings = new_settings(tiny=args.tiny, device=args.device, work_dir=args.work_dir)
+    return 0 if check(args, settings, python) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "mps", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, about a minute on a CPU")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS", help="may be repeated")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_check.json")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "gpu_check", help="logs, base, environment")
+    parser.add_argument("--commit", help="of the code, where there is no git to ask")
+    wheels = ROOT / "build" / "wheels"
+    parser.add_argument(
+        "--find-links", type=Path, default=wheels, help="folder of wheels, used if something is missing"
+    )
+    parser.add_argument("--wheels", type=Path, help="collect wheels in this folder, and stop")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="with --wheels: these packages only")
+    parser.add_argument("--python-version", help="with --wheels: of the GPU's machine (x86-64 Linux), such as 3.12")
+    parser.add_argument("--missing", action="store_true", help="print what is missing here, and stop")
+    parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.device == "cpu" and not args.tiny:
+        parser.error("--device cpu: needs --tiny; the true size takes hours on a CPU")
+    args.parts = args.parts.split(",")
+    if unknown := [name for name in args.parts if name not in PARTS]:
+        parser.error(f"--parts: {', '.join(unknown)} unknown; expected names from {', '.join(PARTS)}")
+    try:
+        args.limits = parse_limits(args.limit)
+    except ValueError as error:
+        parser.error(f"--limit: {error}")
+    return args
+
+
+def check(args: argparse.Namespace, settings: Settings, python: str) -> bool:
+    """Run the parts and write the report after each; whether all have passed."""
+    began = time.monotonic()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    report: Report = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": args.commit or git_commit(),
+        "command": " ".join(["scripts/gpu_check", *sys.argv[1:]]),
+        "settings": settings.to_dict(),
+        "passed": False,
+        "parts": {},
+    }
+    for name in args.parts:
+        report["parts"][name] = run_part(name, settings, python, args.limits[name])
+        report["seconds"] = round(time.monotonic() - began, 1)
+        write_json(args.output, report)
+        print(format_part(name, report["parts"][name]), flush=True)
+    shutil.rmtree(settings.base_dir, ignore_errors=True)  # gigabytes
+    report["passed"] = all(part["status"] == "passed" for part in report["parts"].values())
+    write_json(args.output, report)
+    print(f"{'passed' if report['passed'] else 'FAILED'} in {report['seconds']:.0f} s: {args.output}")
+    return bool(report["passed"])
+
+
+def run_part(name: str, settings: Settings, python: str, limit: float) -> Report:
+    """Run a part in a process of its own; what it has measured is kept however it ends."""
+    result_file, log_file = (settings.work_path / f"{name}.{ending}" for ending in ("json", "log"))
+    result_file.unlink(missing_ok=True)
+    command = [python, __file__, "--worker", name, "--settings", json.dumps(settings.to_dict())]
+    command += ["--output", str(result_file)] + ["--tiny"] * settings.tiny + ["--device", settings.device]
+    began = time.monotonic()
+    with log_file.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=part_environment(settings), cwd=ROOT, start_new_session=True
+        )
+        try:
+            status = "failed" if process.wait(limit) else "passed"
+        except subprocess.TimeoutExpired:
+            status = "timed out"
+        finally:
+            stop_group(process)
+    part: Report = {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": limit}
+    if status != "passed":
+        part["log"] = log_file.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    if result_file.is_file():
+        part |= json.loads(result_file.read_text("utf-8"))
+    return part
+
+
+def run_worker(name: str, settings: Settings, result_file: Path) -> None:
+    """Be the process of a part: write the measurements after each of its steps."""
+    measured: Report = {}
+    for update in importlib.import_module(f"gpu_parts.{name}").measure(settings):
+        measured |= update
+        write_json(result_file, measured)
+
+
+def part_environment(settings: Settings) -> dict[str, str]:
+    """Environment variables of a part: our code, no network, one GPU."""
+    paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    variables |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return variables | {"CUDA_VISIBLE_DEVICES": devices.split(",")[0] if settings.device == "cuda" else ""}
+
+
+def stop_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kill the part and the processes that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended; the latter on macOS
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def format_part(name: str, part: Report) -> str:
+    line = f"{name:<11} {part['status']:<9} {part['seconds']:6.1f} s"
+    if "summary" in part:
+        line += f"  {part['summary']}"
+    return "\n".join([line, *(f"    {text}" for text in part.get("log", []))])
+
+
+def git_commit() -> str | None:
+    """The commit that is checked out, with a plus sign if files differ from it; None where there is no git."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def write_json(file: Path, value: Report) -> None:
+    """Replace the file: a reader finds the old content or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp_file = file.with_name(file.name + ".tmp")
+    tmp_file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    tmp_file.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

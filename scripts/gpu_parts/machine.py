@@ -1,0 +1,39 @@
+"""Machine: the card and the versions that everything else ran on."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from gpu_parts.settings import Settings
+from lit_phi2.model.device import choose_dtype
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    device = torch.device(settings.device)
+    facts: dict[str, Any] = {
+        "device": device_name(device),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "packages": {name: version(name) for name in ("lightning", "transformers", "peft", "datasets")},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        facts["capability"] = f"sm{properties.major}{properties.minor}"
+    torch.ones(1, device=device).add_(1)  # fails here if the driver does not fit
+    dtype, reason = choose_dtype(settings.dtype, device)
+    facts["dtype"] = f"{dtype}: {reason}"
+    yield facts | {"summary": f"{facts['device']}, torch {facts['torch']}, CUDA {facts['cuda']}"}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

@@ -1,0 +1,115 @@
+"""Resume: a run that is interrupted and resumed must end with the weights of a run that is not, bit for bit.
+
+    fit to the end                                        -> weights
+    fit, interrupted in its second epoch; fit last.ckpt   -> the same weights, in float32 and in bfloat16
+
+Every dropout is on. A card that sums in another order each time would differ between two uninterrupted runs too; where
+the resumed run differs, a second uninterrupted one tells.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from gpu_parts.settings import Settings
+from lit_phi2.data.datamodule import ClaimsDataModule
+from lit_phi2.model.device import has_native_bf16
+from lit_phi2.model.lora import adapter_state_dict
+from lit_phi2.training.module import LitPhi2
+from lit_phi2.training.trainer import Trainer
+
+EPOCHS, ACCUMULATE = 2, 2
+Weights = dict[str, Tensor]
+
+
+class Interruption(Exception):  # noqa: N818  it reports no error
+    """Ends a run as a power failure would: nothing but last.ckpt is left."""
+
+
+class InterruptAt(Callback):
+    """Raises at the first micro-batch after an optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LitPhi2, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise Interruption
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Compare both dtypes.
+
+    Raises:
+        SystemExit: the resumed run differs.
+    """
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        if settings.device == "mps" and not has_native_bf16(torch.device("mps"))[0] and dtype == "bfloat16":
+            continue  # refused by model.dtype
+        results[dtype] = compare(settings, dtype)
+        verdicts = {name: "equal" if result["equal"] else "DIFFERENT" for name, result in results.items()}
+        yield {**results, "summary": ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items())}
+    if not all(result["equal"] for result in results.values()):
+        raise SystemExit(f"the resumed run is not the uninterrupted one: {verdicts}")
+
+
+def compare(settings: Settings, dtype: str) -> dict[str, Any]:
+    folder = settings.work_path / "resume" / dtype
+    shutil.rmtree(folder, ignore_errors=True)
+    whole, steps = fit(settings, dtype, folder / "whole")
+    interrupt_at = steps // EPOCHS + 1  # inside the second epoch
+    try:
+        fit(settings, dtype, folder / "interrupted", InterruptAt(interrupt_at))
+    except Interruption:
+        pass
+    else:
+        raise SystemExit(f"the run of {steps} steps was not interrupted at step {interrupt_at}")
+    (last,) = (folder / "interrupted").glob("*/version_0/checkpoints/last.ckpt")
+    resumed, _ = fit(settings, dtype, folder / "interrupted", ckpt_path=str(last))
+    result: dict[str, Any] = {"steps": steps, "interrupted_at": interrupt_at, "equal": equal(resumed, whole)}
+    if not result["equal"]:
+        result["largest_difference"] = max((resumed[name] - whole[name]).abs().max().item() for name in whole)
+        result["uninterrupted_runs_equal"] = equal(fit(settings, dtype, folder / "again")[0], whole)
+    return result
+
+
+def fit(
+    settings: Settings, dtype: str, folder: Path, *callbacks: Callback, ckpt_path: str | None = None
+) -> tuple[Weights, int]:
+    """A run of two epochs; its weights and its number of optimizer steps."""
+    base = str(settings.base_dir) if settings.tiny else "tiny"
+    module = LitPhi2(base=base, lora_r=4, lora_alpha=8, lora_dropout=0.1, dtype=dtype, max_new_tokens=4)
+    data = ClaimsDataModule(
+        train_files="claims:train[:12]", val_files="claims:validation[:2]", max_length=1024, base=base, max_new_tokens=4
+    )
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator=settings.device,
+        devices=1,
+        callbacks=list(callbacks),
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=ACCUMULATE,
+        gradient_clip_val=1.0,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.enable_tensorboard = trainer.enable_progress = False
+    trainer.checkpoint_every_n_steps = 1
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    assert module.phi is not None
+    return adapter_state_dict(module.phi), trainer.global_step
+
+
+def equal(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,55 @@
+"""Tests: the tests that are marked for this device, counted from pytest's own report.
+
+files that name the marker -> pytest -m cuda --junitxml -> passed, failed, skipped, names of the failed
+"""
+
+import importlib.util
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpu_parts.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Run them.
+
+    Raises:
+        SystemExit: a test failed, or none ran although the device is there.
+    """
+    marker = "mps" if settings.device == "mps" else "cuda"
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if _names(path, marker)]
+    junit_file = settings.work_path / "junit.xml"
+    junit_file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider"]
+    command += [f"--junitxml={junit_file}", *(["-n", "0"] if importlib.util.find_spec("xdist") else []), *files]
+    done = subprocess.run(command, cwd=ROOT)
+    counts = count_outcomes(junit_file)
+    counts["summary"] = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
+    yield counts
+    if done.returncode:
+        raise SystemExit(f"pytest ended with {done.returncode}")
+    if settings.device != "cpu" and not counts["passed"]:
+        raise SystemExit(f"no test marked {marker} ran")
+
+
+def count_outcomes(junit_file: Path) -> dict[str, Any]:
+    """The numbers of a JUnit file, and the tests that failed."""
+    cases = list(ET.parse(junit_file).getroot().iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {
+        "passed": len(cases) - len(failed) - skipped,
+        "failed": len(failed),
+        "skipped": skipped,
+        "failed_tests": [f"{case.get('classname')}::{case.get('name')}" for case in failed],
+    }
+
+
+def _names(path: Path, marker: str) -> bool:
+    return f"mark.{marker}" in path.read_text("utf-8")

@@ -1,0 +1,90 @@
+"""Packed attention: against one masked softmax over all tokens, and its gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import DEVICES
+from lit_phi2.model import attention
+from lit_phi2.model.attention import (
+    PackedLayout,
+    apply_rotary_emb,
+    block_causal_mask,
+    packed_attention,
+    packed_layout,
+)
+
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0], [0, 1, 2, 3, 0, 0, 0, 1, 2]])
+SEGMENTS = [(0, 5), (5, 8), (8, 9), (9, 13), (13, 14), (14, 15), (15, 18)]
+LAYOUT = PackedLayout(SEGMENTS)
+
+
+def angles(length: int, pairs: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    phases = torch.arange(length, dtype=dtype)[:, None] / 3 ** torch.arange(1, pairs + 1, dtype=dtype)
+    return phases.cos(), phases.sin()
+
+
+def test_segments_end_where_positions_restart() -> None:
+    assert packed_layout(POSITIONS).segments == SEGMENTS
+
+
+@pytest.mark.parametrize("query_block", [2, 256])
+def test_attention_passes_gradcheck(query_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", query_block)
+    qkv = torch.randn(18, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = angles(18, 2)
+    assert torch.autograd.gradcheck(lambda qkv: packed_attention(qkv, cos, sin, LAYOUT, scaling=0.4), (qkv,))
+
+
+def test_attention_equals_masked_softmax_over_all_tokens() -> None:
+    """Reference: one softmax over all pairs, with everything except the example's past masked by hand."""
+    qkv = torch.randn(18, 3, 2, 6, dtype=torch.float64)
+    cos, sin = angles(18, 2)
+    query, key = apply_rotary_emb(qkv[:, :2], cos, sin).unbind(1)
+    example = torch.tensor([n for n, (start, end) in enumerate(SEGMENTS) for _ in range(start, end)])
+    visible = (example[:, None] == example) & torch.ones(18, 18, dtype=torch.bool).tril()
+    scores = torch.einsum("qhd,khd->hqk", query, key) * 0.4
+    probs = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    expected = torch.einsum("hqk,khd->qhd", probs, qkv[:, 2])
+    attn_out = packed_attention(qkv, cos, sin, LAYOUT, scaling=0.4)
+    torch.testing.assert_close(attn_out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_masked_rows_equal_attention_by_example() -> None:
+    """The code path of MPS, run on the CPU."""
+    qkv = torch.randn(18, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = angles(18, 2)
+    masked = PackedLayout(SEGMENTS, attn_mask=block_causal_mask(POSITIONS))
+    outputs = [packed_attention(qkv, cos, sin, layout, scaling=0.4) for layout in (LAYOUT, masked)]
+    gradients = [torch.autograd.grad(attn_out.square().sum(), qkv)[0] for attn_out in outputs]
+    for by_example, by_mask in (outputs, gradients):
+        torch.testing.assert_close(by_example, by_mask, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_dropout_drops_and_keeps_the_mean() -> None:
+    qkv = torch.randn(18, 3, 2, 6, dtype=torch.float64)
+    cos, sin = angles(18, 2)
+    plain = packed_attention(qkv, cos, sin, LAYOUT, scaling=0.4)
+    torch.manual_seed(0)
+    samples = torch.stack([packed_attention(qkv, cos, sin, LAYOUT, scaling=0.4, dropout=0.2) for _ in range(3000)])
+    assert not torch.equal(samples[0], samples[1])
+    assert (samples.mean(0) - plain).abs().max() < 5 * samples.std(0).max() / 3000**0.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_device_equals_the_cpu(device: str, dtype: torch.dtype) -> None:
+    """Values and gradients, against float64 on the CPU; bfloat16 has 8 bits, and a sum of 16 products loses two."""
+    torch.manual_seed(0)
+    qkv = torch.randn(18, 3, 2, 16, dtype=torch.float64).to(dtype)
+    cos, sin = angles(18, 4)
+    qkv_cpu = qkv.double().requires_grad_()
+    expected = packed_attention(qkv_cpu, cos, sin, LAYOUT, scaling=0.25)
+    expected_grad = torch.autograd.grad(expected.sum(), qkv_cpu)[0]
+    qkv_device = qkv.to(device).requires_grad_()
+    layout = packed_layout(POSITIONS.to(device))
+    attn_out = packed_attention(qkv_device, cos.to(device, dtype), sin.to(device, dtype), layout, scaling=0.25)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(attn_out.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+    gradient = torch.autograd.grad(attn_out.sum(), qkv_device)[0]
+    torch.testing.assert_close(gradient.cpu().double(), expected_grad, rtol=tolerance, atol=tolerance)

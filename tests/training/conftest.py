@@ -1,0 +1,18 @@
+"""Fixtures of the training tests: twelve records as a file, and the scalars of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@pytest.fixture
+def train_file(write_jsonl: Callable[..., Path], some_records: list[dict[str, str]]) -> Path:
+    return write_jsonl(list(some_records))
+
+
+@pytest.fixture
+def read_events() -> Callable[[Path], EventAccumulator]:
+    """Reads the event file of a run's folder."""
+    return lambda folder: EventAccumulator(str(folder)).Reload()
