@@ -55,14 +55,14 @@ def main() -> int:
     if missing:
         print(f"missing: {', '.join(missing)}; installing from {args.find_links}", flush=True)
         python = environment.make_environment(args.find_links, args.work_dir / "env")
-    settings = new_settings(tiny=args.tiny, device=args.device, work_dir=args.work_dir)
-    return 0 if check(args, settings, python) else 1
+    return 0 if check(args, python) else 1
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, about a minute on a CPU")
+    parser.add_argument("--rows", type=int, help="rows in a micro-batch; fewer for a card with little memory")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS", help="may be repeated")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_check.json")
@@ -86,14 +86,15 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--parts: {', '.join(unknown)} unknown; expected names from {', '.join(PARTS)}")
     try:
         args.limits = parse_limits(args.limit)
+        args.sizes = new_settings(tiny=args.tiny, device=args.device, work_dir=args.work_dir, rows=args.rows)
     except ValueError as error:
-        parser.error(f"--limit: {error}")
+        parser.error(str(error))
     return args
 
 
-def check(args: argparse.Namespace, settings: Settings, python: str) -> bool:
+def check(args: argparse.Namespace, python: str) -> bool:
     """Run the parts and write the report after each; whether all have passed."""
-    began = time.monotonic()
+    began, settings = time.monotonic(), args.sizes
     args.work_dir.mkdir(parents=True, exist_ok=True)
     report: Report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""What the tests share: a two-layer random Phi with the packaged tokenizer, and a few records. No network, no GPU."""
+"""Shared fixtures: a two-layer random Phi with the packaged tokenizer, and a few records. No network, no GPU."""
 
 import json
 import shutil
@@ -11,28 +11,16 @@ from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTok
 
 from lit_phi2.pretrained import TINY_PHI_DIR, BaseModel, resolve_base_model
 
-WORDS = [
-    "claim",
-    "denied",
-    "appeal",
-    "letter",
-    "plan",
-    "review",
-    "records",
-    "date",
-    "service",
-    "coverage",
-    "notice",
-    "send",
-]
+WORDS = ["claim", "denied", "appeal", "letter", "plan", "review", "records", "date", "service", "coverage"]
+WORDS += ["notice", "send"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for a device that is not here are reported as not run."""
+    """Report tests for an absent device as not run."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     for item in items:
-        for device, here in present.items():
-            if device in item.keywords and not here:
+        for device, is_present in present.items():
+            if device in item.keywords and not is_present:
                 item.add_marker(pytest.mark.skip(reason=f"not run: no {device} device here"))
 
 
@@ -76,7 +64,7 @@ def base(phi_dir: Path) -> BaseModel:
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
-    """Writes objects, one a line; texts are written as they are, so that a line can be broken on purpose."""
+    """Writes objects, one per line; strings are written as they are, so that a line can be malformed on purpose."""
 
     def write(rows: list[object], name: str = "records.jsonl") -> Path:
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]

@@ -1,7 +1,7 @@
 """Records: read sources and validate every row; an invalid one is named by path:line, with what was expected.
 
-    claims.jsonl:17   {"id": "c-17", "instruction": "Why ...", "input": "EOB ...", "response": "The ..."}  -> Record
-    claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                                             -> InvalidRecord
+    claims.jsonl:17   {"id": "c-17", "instruction": "Why ...", "response": "The ..."}  ->  Record
+    claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                          ->  InvalidRecord
 
 Invalid records are collected and not raised, so that one pass over the data names them all. Messages contain field
 names and ids but no text of a record (a malformed fact excepted): logs are shared more freely than claims.
@@ -20,11 +20,8 @@ from lit_phi2.data.prompts import find_template_header
 from lit_phi2.data.sources import UnparsableRow, read_rows
 from lit_phi2.data.text import describe_kind, is_valid_unicode, quote_list, shorten, to_raw_json
 from lit_phi2.errors import InputError
-from lit_phi2.utils.sequences import batched
 
 MAX_SHOWN = 20  # invalid records that an error lists
-
-_BATCH_ROWS = 1000  # rows whose ids are looked up at once
 
 _NOT_UNICODE = "holds half of a surrogate pair; expected whole characters."
 _FACT_FORM = '{"text": "...", "kind": "..."}'
@@ -124,17 +121,14 @@ def iter_records(
     """
     index = DuplicateIdIndex(sources)
     field_names: set[str] = set()
-    for batch in batched(_validated_rows(sources, fields, needs_response, with_facts), _BATCH_ROWS):
-        rows, records, positions = zip(*batch, strict=True)
-        ids = [record.id if isinstance(record, Record) else None for record in records]
-        for row, record, first_use in zip(rows, records, index.add(ids, positions), strict=True):
-            if isinstance(row, dict):
-                field_names.update(row)
-            if first_use and isinstance(record, Record):
-                message = f"id {shorten(record.id)!r} was already used at {first_use}; ids must be unique."
-                yield InvalidRecord(record.location, message, to_raw_json(row))
-            else:
-                yield record
+    for row, record, position in _validated_rows(sources, fields, needs_response, with_facts):
+        if isinstance(row, dict):
+            field_names.update(row)
+        if isinstance(record, Record) and (first_use := index.add(record.id, position)):
+            message = f"id {shorten(record.id)!r} was already used at {first_use}; ids must be unique."
+            yield InvalidRecord(record.location, message, to_raw_json(row))
+        else:
+            yield record
     _check_renamed_fields(fields, field_names)
 
 

@@ -28,9 +28,13 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         facts["memory_gib"] = round(properties.total_memory / 2**30, 1)
         facts["capability"] = f"sm{properties.major}{properties.minor}"
     torch.ones(1, device=device).add_(1)  # fails here if the driver does not fit
-    dtype, reason = choose_dtype(settings.dtype, device)
-    facts["dtype"] = f"{dtype}: {reason}"
+    facts["dtype"] = f"{compute_dtype(settings)}: {choose_dtype(settings.dtype, device)[1]}"
     yield facts | {"summary": f"{facts['device']}, torch {facts['torch']}, CUDA {facts['cuda']}"}
+
+
+def compute_dtype(settings: Settings) -> str:
+    """The dtype that the settings choose on their device, as model.dtype takes it."""
+    return str(choose_dtype(settings.dtype, torch.device(settings.device))[0]).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:

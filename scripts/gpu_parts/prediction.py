@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from gpu_parts.machine import compute_dtype
 from gpu_parts.settings import Settings
 from lit_phi2.adapters.peft_format import save_adapter
 from lit_phi2.data.datamodule import ClaimsDataModule
-from lit_phi2.model.device import choose_dtype
 from lit_phi2.model.lora import trainable_parameters
 from lit_phi2.training.module import LitPhi2
 from peers.task import LORA_ALPHA, LORA_R, SEED
@@ -58,7 +58,7 @@ def load_module(settings: Settings) -> LitPhi2:
         base=str(settings.base_dir),
         lora_r=LORA_R,
         lora_alpha=LORA_ALPHA,
-        dtype=settings.dtype if settings.dtype != "auto" else dtype_name(settings),
+        dtype=compute_dtype(settings),  # without a Trainer the module would choose the CPU's
         max_new_tokens=settings.max_new_tokens,
     )
     module.configure_model()
@@ -68,11 +68,6 @@ def load_module(settings: Settings) -> LitPhi2:
             if "lora_B" in name:
                 parameter.normal_(0, 0.02)
     return module.to(settings.device)
-
-
-def dtype_name(settings: Settings) -> str:
-    """The dtype that auto chooses on this device; without a Trainer the module would choose the CPU's."""
-    return str(choose_dtype(settings.dtype, torch.device(settings.device))[0]).removeprefix("torch.")
 
 
 def prompt_batches(settings: Settings) -> list[list[list[int]]]:
@@ -93,7 +88,7 @@ def merged_transformers(module: LitPhi2, settings: Settings) -> Generate:
     """transformers' own Phi with the same adapter merged into its weights."""
     adapter_dir = settings.work_path / "adapter"
     save_adapter(module.trained_adapter(), adapter_dir)
-    dtype = getattr(torch, dtype_name(settings))
+    dtype = getattr(torch, compute_dtype(settings))
     phi = AutoModelForCausalLM.from_pretrained(settings.base_dir, dtype=dtype, local_files_only=True)
     model = PeftModel.from_pretrained(phi.to(settings.device), str(adapter_dir)).merge_and_unload().eval()
     eos_token_id = module.eos_token_id

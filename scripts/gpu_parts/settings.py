@@ -54,7 +54,18 @@ class Settings:
         return asdict(self)
 
 
-def new_settings(*, tiny: bool, device: str, work_dir: Path) -> Settings:
+def new_settings(*, tiny: bool, device: str, work_dir: Path, rows: int | None = None) -> Settings:
+    """The settings of a size.
+
+    Args:
+        tiny: the small one.
+        device: cuda, mps or cpu.
+        work_dir: for logs, results and the base.
+        rows: in a micro-batch, for a card with little memory.
+
+    Raises:
+        ValueError: rows does not divide an optimizer step.
+    """
     sizes: dict[str, Any] = {
         "dtype": "auto",
         "layers": 32,
@@ -76,6 +87,9 @@ def new_settings(*, tiny: bool, device: str, work_dir: Path) -> Settings:
             "max_new_tokens": 8,
             "rounds": 2,
         }
+    sizes["rows"] = rows or sizes["rows"]
+    if sizes["rows"] < 1 or sizes["records_per_step"] % sizes["rows"]:
+        raise ValueError(f"--rows: {rows} does not divide the {sizes['records_per_step']} records of an optimizer step")
     return Settings(device=device, tiny=tiny, work_dir=str(work_dir.resolve()), **sizes)
 
 
@@ -92,6 +106,11 @@ def parse_limits(overrides: Iterable[str]) -> dict[str, float]:
     for override in overrides:
         name, _, seconds = override.partition("=")
         if name not in PARTS:
-            raise ValueError(f"{override!r} names no part; expected PART=SECONDS with one of {', '.join(PARTS)}")
-        limits[name] = float(seconds)
+            raise ValueError(
+                f"--limit: {override!r} names no part; expected PART=SECONDS with one of {', '.join(PARTS)}"
+            )
+        try:
+            limits[name] = float(seconds)
+        except ValueError as error:
+            raise ValueError(f"--limit: {override!r} has no number of seconds") from error
     return limits

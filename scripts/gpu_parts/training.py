@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from gpu_parts.machine import compute_dtype
 from gpu_parts.settings import Settings
-from lit_phi2.model.device import choose_dtype
 from peers.ours import step_flops, step_matmul_rates
 from peers.registry import PEERS, Peer
 from peers.task import NUM_CHECKED, ROW_LENGTH, SEED, Example, Ledger, LoadedPeer, Task, totals
@@ -42,7 +42,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     Raises:
         SystemExit: they do not have the same loss before training, or a record was not trained exactly once.
     """
-    dtype = str(choose_dtype(settings.dtype, torch.device(settings.device))[0]).removeprefix("torch.")
+    dtype = compute_dtype(settings)
     yield {"dtype": dtype, "rows": settings.rows, "records_per_step": settings.records_per_step}
     contenders = {name: load(peer, settings, dtype) for name, peer in peers(settings).items()}
     yield compare_losses(contenders)

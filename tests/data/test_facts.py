@@ -37,7 +37,7 @@ def test_facts_category_and_form_are_read_if_present(write_jsonl: Jsonl) -> None
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ("CLM-12", "is a text; expected a list"),
+        ("CLM-12", "is text; expected a list"),
         ({"text": "a", "kind": "b"}, "is an object; expected a list"),
         (0, "is a number; expected a list"),
         ({}, "is an object; expected a list"),

@@ -267,7 +267,7 @@ def test_malformed_facts_stop_a_test_before_generation(
     lines[2] = json.dumps(json.loads(lines[2]) | {"facts": "CLM-12"})
     scored_file.write_text("\n".join(lines) + "\n")
     assert run_command() == 2
-    assert f"{scored_file.name}:3: field 'facts' is a text" in capsys.readouterr().err
+    assert f"{scored_file.name}:3: field 'facts' is text" in capsys.readouterr().err
     assert prompts == []
     assert run_command("--data.on_bad_record", "skip") == 0
     assert metrics_of(Path("runs/small/base"))["completions"]["base"]["ROUGE-L"]["records"] == 11

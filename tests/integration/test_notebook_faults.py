@@ -1,4 +1,4 @@
-"""The faults of the notebook that people copy today, each provably absent here."""
+"""The faults of a widely copied fine-tuning notebook, each shown to be absent here."""
 
 import json
 from collections.abc import Callable
@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from helpers import new_data, new_module, new_trainer, weights_of
 from lit_phi2.cli.main import main
+from lit_phi2.data.collate import collate
+from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.model.device import choose_dtype
-from lit_phi2.types import IGNORE_INDEX
+from lit_phi2.types import IGNORE_INDEX, Batch
 
 Records = list[dict[str, str]]
 
@@ -23,30 +25,28 @@ def train_file(write_jsonl: Callable[..., Path], some_records: Records) -> Path:
 
 
 def test_prompt_tokens_are_not_in_the_loss(phi_dir: Path, train_file: Path, some_records: Records) -> None:
-    """Reference: the labels that are left, decoded, are the responses and nothing else."""
+    """Reference: the labels that are not ignored decode to the response and its EOS token."""
     data = new_data(phi_dir, train_file)
     data.setup("fit")
     module = new_module(phi_dir)
     for index, record in enumerate(some_records):
-        batch = data._collate("train")(plan_of_one(index))
+        batch = single_example(data, index)
         supervised = batch.labels[0] != IGNORE_INDEX
         assert data.tokenizer.decode(batch.labels[0][supervised]) == record["response"] + "<|endoftext|>"
-        assert module.loss(batch).tokens == supervised.sum()
+        assert module.loss(batch).num_tokens == supervised.sum()
 
 
-def plan_of_one(index: int) -> object:
-    from lit_phi2.data.schedule import MicroBatch
-
-    return MicroBatch(((index,),), share=1.0, seed=0)
+def single_example(data: ClaimsDataModule, index: int) -> Batch:
+    return collate(data.splits["train"].examples, [(index,)])
 
 
-def test_the_end_token_is_learned(phi_dir: Path, train_file: Path) -> None:
-    """pad = end and masking by id hid it. Here it has a gradient: the head's bias of the end token is pushed up."""
+def test_the_eos_token_is_learned(phi_dir: Path, train_file: Path) -> None:
+    """With pad = EOS, masking by id hides EOS. Here EOS has a gradient: a step raises its bias in the output layer."""
     data = new_data(phi_dir, train_file)
     data.setup("fit")
     module = new_module(phi_dir)
     bias = module.fused_phi.lm_head.bias.requires_grad_()
-    batch = data._collate("train")(plan_of_one(0))
+    batch = single_example(data, 0)
     module.loss(batch).nats.backward()
     assert batch.labels[0, -1] == module.eos_token_id
     assert bias.grad[module.eos_token_id] < 0
@@ -57,11 +57,11 @@ def test_wqkv_is_adapted_and_not_only_fc1_and_fc2(phi_dir: Path, train_file: Pat
     before = weights_of(module)
     new_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, new_data(phi_dir, train_file))
     for target in ("Wqkv", "fc1", "fc2"):
-        moved = [name for name, weight in weights_of(module).items() if not torch.equal(weight, before[name])]
-        assert sum(f".{target}." in name for name in moved) == 2 * 2, "A and B in both layers"
+        changed = [name for name, weight in weights_of(module).items() if not torch.equal(weight, before[name])]
+        assert sum(f".{target}." in name for name in changed) == 2 * 2, "A and B in both layers"
 
 
-def test_neither_float16_nor_float32_where_bfloat16_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_bfloat16_where_fast_and_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16
     with pytest.raises(InputError, match="float16 is refused"):
@@ -72,16 +72,16 @@ def test_the_adapter_is_saved(phi_dir: Path, train_file: Path, tmp_path: Path) -
     module = new_module(phi_dir)
     new_trainer(tmp_path, keep=True, max_steps=2).fit(module, new_data(phi_dir, train_file))
     saved = load_file(tmp_path / "run" / "version_0" / "adapter" / "adapter_model.safetensors")
-    b = [weight for name, weight in saved.items() if "lora_B" in name]
-    assert len(b) == 2 * 5, "q, k, v, fc1 and fc2 in both layers"
-    assert all(weight.any() for weight in b)
+    lora_b = [weight for name, weight in saved.items() if "lora_B" in name]
+    assert len(lora_b) == 2 * 5, "q, k, v, fc1 and fc2 in both layers"
+    assert all(weight.any() for weight in lora_b)
 
 
 def test_there_is_a_validation_before_and_after_training(phi_dir: Path, train_file: Path, tmp_path: Path) -> None:
     losses: list[float] = []
     module = new_module(phi_dir)
-    module.log_scalars = lambda curves, step=None: losses.extend(
-        value for name, value in curves.items() if name == "val/loss"
+    module.log_scalars = lambda values, step=None: losses.extend(
+        value for name, value in values.items() if name == "val/loss"
     )
     new_trainer(tmp_path, max_epochs=3, num_sanity_val_steps=-1).fit(
         module, new_data(phi_dir, train_file, max_length=128)
@@ -90,15 +90,15 @@ def test_there_is_a_validation_before_and_after_training(phi_dir: Path, train_fi
     assert losses[-1] < losses[0]
 
 
-def test_the_length_of_an_answer_does_not_count_the_prompt(phi_dir: Path) -> None:
+def test_max_new_tokens_does_not_count_the_prompt(phi_dir: Path) -> None:
     module = new_module(phi_dir)
     with torch.no_grad():
-        module.fused_phi.lm_head.bias[module.eos_token_id] = -1e4  # never stops by itself
-    shorten, long = module.generate([[5, 6], list(range(5, 105))])
-    assert len(shorten.ids) == len(long.ids) == module.max_new_tokens
+        module.fused_phi.lm_head.bias[module.eos_token_id] = -1e4  # never predicts EOS
+    short, long = module.generate([[5, 6], list(range(5, 105))])
+    assert len(short.ids) == len(long.ids) == module.max_new_tokens
 
 
-def test_a_prediction_does_not_echo_the_prompt(
+def test_a_prediction_does_not_repeat_the_prompt(
     phi_dir: Path, train_file: Path, tmp_path: Path, some_records: Records
 ) -> None:
     output = tmp_path / "predictions.jsonl"
@@ -109,18 +109,18 @@ def test_a_prediction_does_not_echo_the_prompt(
     assert not any("###" in row["completion"] or row["instruction"] in row["completion"] for row in predictions)
 
 
-def test_figures_cover_every_token_of_every_reference(
+def test_metrics_cover_every_token_of_every_reference(
     phi_dir: Path, train_file: Path, tmp_path: Path, some_records: Records
 ) -> None:
-    """An empty reference is refused, and the weights of the mean are all the tokens of the others."""
+    """An empty reference is refused, and the mean covers every token of the other references."""
     data = new_data(phi_dir, train_file, test_files=str(train_file))
     module = new_module(phi_dir)
-    weights: list[float] = []
-    update = module.sums["tokens"].update
-    module.sums["tokens"].update = lambda value: weights.append(float(value)) or update(value)
+    num_tokens: list[float] = []
+    update = module.eval_sums["num_tokens"].update
+    module.eval_sums["num_tokens"].update = lambda value: num_tokens.append(float(value)) or update(value)
     new_trainer(tmp_path).test(module, data)
     references = [data.tokenizer(record["response"])["input_ids"] for record in some_records]
-    assert sum(weights) == sum(len(reference) + 1 for reference in references)
+    assert sum(num_tokens) == sum(len(reference) + 1 for reference in references)
 
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"instruction": "Why?", "response": ""}) + "\n")

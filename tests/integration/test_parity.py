@@ -1,7 +1,7 @@
 """Parity with plain transformers and plain PEFT, in float32 on the CPU.
 
-The reference is written here apart from our code: the native Phi, PEFT on q_proj, k_proj, v_proj, fc1 and fc2, the same
-starting weights, transformers' own loss, one example at a time.
+The reference is written here and uses none of our code: transformers' own Phi, PEFT on q_proj, k_proj, v_proj, fc1 and
+fc2, the same starting weights, transformers' own loss, one example at a time.
 """
 
 import json
@@ -90,16 +90,16 @@ def test_logits_equal_those_of_native_phi_with_peft(phi_dir: Path) -> None:
     with torch.no_grad():
         expected = reference(input_ids=ids).logits
         hidden = packed_forward(module.fused_phi, ids, torch.arange(40)[None])
-        got = module.fused_phi.lm_head(hidden)
-    assert expected.abs().max() > 1  # not all but zero
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        logits = module.fused_phi.lm_head(hidden)
+    assert expected.abs().max() > 1  # not almost zero
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(
     ("packing", "batch_size", "accumulate"),
     [(False, 8, 1), (False, 4, 2), (False, 2, 4), (False, 1, 8), (True, 4, 1), (True, 2, 2), (True, 1, 4)],
 )
-def test_a_step_equals_examples_run_one_by_one_and_weighted_by_token(
+def test_a_step_equals_examples_run_one_by_one(
     packing: bool,
     batch_size: int,
     accumulate: int,
@@ -108,17 +108,18 @@ def test_a_step_equals_examples_run_one_by_one_and_weighted_by_token(
     write_jsonl: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """Loss and every gradient of a Trainer's step, within 1e-5 in relative norm (summation order alone moves 1e-6)."""
+    """Loss and every gradient of a Trainer's step, every token weighted the same, within 1e-5 in relative norm: the order
+    of summation alone moves 1e-6."""
     records = some_records[:8]
     module = new_module(phi_dir)
     reference_loss, reference = reference_step(reference_model(phi_dir, module), read_examples(records, phi_dir))
     data = new_data(phi_dir, write_jsonl(records), packing=packing, batch_size=batch_size)
     gradients = Gradients()
     curves: dict[str, float] = {}
-    module.log_scalars = lambda some, step=None: curves.update(some)  # type: ignore[method-assign]
+    module.log_scalars = lambda values, step=None: curves.update(values)  # type: ignore[method-assign]
     new_trainer(tmp_path, [gradients], accumulate_grad_batches=accumulate, limit_val_batches=0).fit(module, data)
 
-    assert len(gradients.steps) == 1, "the shapes above make one window of all eight records"
+    assert len(gradients.steps) == 1, "each setting above makes one window of all eight records"
     assert set(gradients.steps[0]) == set(reference)
     assert len(reference) == 2 * 3 * 2, "A and B of three targets in two layers"
     for name, expected in reference.items():
@@ -127,8 +128,8 @@ def test_a_step_equals_examples_run_one_by_one_and_weighted_by_token(
     assert curves["train/supervised_tokens"] == sum(len(response) for _, response in read_examples(records, phi_dir))
 
 
-def test_changing_one_example_of_a_row_leaves_the_others_as_they_were(phi_dir: Path) -> None:
-    """1e-6: the same products in the same order, save for what the masked part adds."""
+def test_changing_one_example_of_a_row_changes_no_other(phi_dir: Path) -> None:
+    """1e-6: the same products in the same order, except for the zeros of the masked part."""
     module = new_module(phi_dir)
     lengths = [9, 14, 11]
     ids = torch.randint(0, 500, (1, sum(lengths)), generator=torch.Generator().manual_seed(3))
@@ -143,7 +144,7 @@ def test_changing_one_example_of_a_row_leaves_the_others_as_they_were(phi_dir: P
     torch.testing.assert_close(after[0, 23:], before[0, 23:], rtol=0, atol=1e-6)
 
 
-def test_packed_and_padded_examples_match_examples_run_alone(
+def test_packed_examples_match_examples_run_alone(
     phi_dir: Path, some_records: list[dict[str, str]], write_jsonl: Callable[..., Path]
 ) -> None:
     """Reference: transformers' native Phi on each example by itself; float32, so only summation order differs."""
@@ -160,13 +161,13 @@ def test_packed_and_padded_examples_match_examples_run_alone(
             for index in row:
                 length = len(examples[index].ids)
                 alone = reference(input_ids=torch.tensor([examples[index].ids])).logits[0]
-                got = logits[line, start : start + length]
-                torch.testing.assert_close(got, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+                packed = logits[line, start : start + length]
+                torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
                 start += length
     assert (batch.labels != IGNORE_INDEX).any()
 
 
-def test_an_exported_adapter_gives_plain_peft_the_same_logits(phi_dir: Path, tmp_path: Path) -> None:
+def test_plain_peft_gives_an_exported_adapter_our_logits(phi_dir: Path, tmp_path: Path) -> None:
     """Reference: PeftModel.from_pretrained on transformers' native Phi, from the files alone."""
     module = new_module(phi_dir)
     save_adapter(module.trained_adapter(), tmp_path)
@@ -175,19 +176,19 @@ def test_an_exported_adapter_gives_plain_peft_the_same_logits(phi_dir: Path, tmp
     ids = torch.arange(30)[None] * 11 % 500
     with torch.no_grad():
         expected = loaded(input_ids=ids).logits
-        without = loaded.get_base_model()
-        got = module.fused_phi.lm_head(packed_forward(module.fused_phi, ids, torch.arange(30)[None]))
+        base = loaded.get_base_model()
+        logits = module.fused_phi.lm_head(packed_forward(module.fused_phi, ids, torch.arange(30)[None]))
         with loaded.disable_adapter():
-            base_logits = without(input_ids=ids).logits
-    assert (expected - base_logits).abs().max() > 0.01, "an adapter that does nothing would prove nothing"
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+            base_logits = base(input_ids=ids).logits
+    assert (expected - base_logits).abs().max() > 0.01, "an adapter without effect would prove nothing"
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
     assert set(split_qkv(weights_of(module))) == {
         name.replace(".default.", ".") for name, _ in loaded.named_parameters() if "lora_" in name
     }
 
 
-def test_predict_says_what_plain_peft_says(
+def test_predict_generates_what_plain_peft_generates(
     phi_dir: Path, some_records: list[dict[str, str]], write_jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Greedy text of the exported adapter under plain PEFT, prompt by prompt, without padding or cache.
@@ -207,19 +208,19 @@ def test_predict_says_what_plain_peft_says(
     tokenizer = AutoTokenizer.from_pretrained(phi_dir)
     compared = 0
     for prediction, (prompt, _) in zip(predictions, read_examples(some_records, phi_dir), strict=True):
-        ids, answer, sure = list(prompt), [], True
+        ids, completion, is_decided = list(prompt), [], True
         for _ in range(8):
             with torch.no_grad():
                 best = loaded(input_ids=torch.tensor([ids])).logits[0, -1].topk(2)
-            sure = sure and (best.values[0] - best.values[1]).item() > 1e-4
+            is_decided = is_decided and (best.values[0] - best.values[1]).item() > 1e-4
             token = int(best.indices[0])
             if token == tokenizer.eos_token_id:
                 break
             ids.append(token)
-            answer.append(token)
-        if sure:
+            completion.append(token)
+        if is_decided:
             compared += 1
-            assert prediction["completion"] == tokenizer.decode(answer)
-            assert prediction["new_tokens"] == len(answer)
-            assert prediction["finish_reason"] == ("stop" if len(answer) < 8 else "length")
+            assert prediction["completion"] == tokenizer.decode(completion)
+            assert prediction["new_tokens"] == len(completion)
+            assert prediction["finish_reason"] == ("stop" if len(completion) < 8 else "length")
     assert compared >= len(some_records) // 2

@@ -1,7 +1,7 @@
-"""Several processes: the same step as one, every record once, no one left waiting when one dies.
+"""Several processes: the same steps as one process, every record once, and all end when one dies.
 
-Each run is started as a user would, on the packaged tiny Phi in float32, which has no dropout, so that nothing but the
-order of summation may differ.
+Each run is started as a user does, on the packaged tiny Phi in float32. It has no dropout, so only the order of
+summation differs.
 """
 
 import os
@@ -19,11 +19,10 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from helpers import relative_difference
+from helpers import ROOT, TINY_CONFIG, relative_difference
 from lit_phi2.utils.console import set_up_logging
 
-ROOT = Path(__file__).parents[2]
-SAME = 2e-5  # in norm, after four AdamW steps: two processes were seen to differ by 2.1e-6 from one, four by 1.3e-5
+TOLERANCE = 2e-5  # relative norm after four AdamW steps; measured: 2.1e-6 with two processes, 1.3e-5 with four
 SETTINGS = {
     "data.train_files": "claims:train[:23]",
     "data.val_files": "claims:validation[:6]",
@@ -45,13 +44,13 @@ pytestmark = pytest.mark.slow
 
 def command(subcommand: str, root: Path, *more: str, launch: Sequence[str] = (sys.executable,)) -> list[str]:
     settings = {"trainer.default_root_dir": root, **SETTINGS}
-    given = [f"--{key}={value}" for key, value in settings.items()]
-    return [*launch, "-m", "lit_phi2", subcommand, "--config", str(ROOT / "configs" / "tiny.yaml"), *given, *more]
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    return [*launch, "-m", "lit_phi2", subcommand, "--config", str(TINY_CONFIG), *flags, *more]
 
 
 def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     return subprocess.Popen(
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -59,84 +58,86 @@ def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
 
 def run(arguments: list[str]) -> str:
     process = start(arguments)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
 
 
-def on(processes: int, accumulate: int) -> list[str]:
+def devices(processes: int, accumulate: int) -> list[str]:
     return [f"--trainer.devices={processes}", f"--trainer.accumulate_grad_batches={accumulate}"]
 
 
-def curve(root: Path, tag: str) -> list[tuple[int, float]]:
+def scalars(root: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(root / "tiny" / "version_0")).Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def same_run(root: Path, other: Path) -> None:
+def assert_same_run(root: Path, other: Path) -> None:
     adapter, expected = (
         load_file(folder / "tiny" / "version_0" / "adapter" / "adapter_model.safetensors") for folder in (root, other)
     )
     for name, weight in expected.items():
-        assert relative_difference(adapter[name], weight) < SAME, name
+        assert relative_difference(adapter[name], weight) < TOLERANCE, name
     for tag in ("train/loss", "val/loss", "train/supervised_tokens", "train/grad_norm"):
-        found, wanted = curve(root, tag), curve(other, tag)
-        assert [step for step, _ in found] == [step for step, _ in wanted], tag
-        assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-4), tag
+        actual, reference = scalars(root, tag), scalars(other, tag)
+        assert [step for step, _ in actual] == [step for step, _ in reference], tag
+        assert [value for _, value in actual] == pytest.approx([value for _, value in reference], rel=1e-4), tag
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process: seven micro-batches in windows of four and three, twice."""
-    root = tmp_path_factory.mktemp("alone")
-    run(command("fit", root, *on(1, 4)))
-    assert len(curve(root, "train/loss")) == 4
+def single_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process: seven micro-batches in accumulation windows of four and three, twice."""
+    root = tmp_path_factory.mktemp("single")
+    run(command("fit", root, *devices(1, 4)))
+    assert len(scalars(root, "train/loss")) == 4
     return root
 
 
 @pytest.mark.parametrize(("processes", "accumulate"), [(2, 2), (4, 1)])
-def test_several_processes_take_the_steps_of_one(processes: int, accumulate: int, alone: Path, tmp_path: Path) -> None:
-    """Ragged windows too; one run folder, one set of samples."""
-    said = run(command("fit", tmp_path, *on(processes, accumulate)))
-    same_run(tmp_path, alone)
-    assert said.count("run folder:") == 1
+def test_several_processes_take_the_steps_of_one(
+    processes: int, accumulate: int, single_process: Path, tmp_path: Path
+) -> None:
+    """Also where the last window is shorter; with one run folder and one set of samples."""
+    output = run(command("fit", tmp_path, *devices(processes, accumulate)))
+    assert_same_run(tmp_path, single_process)
+    assert output.count("run folder:") == 1
     assert [folder.name for folder in (tmp_path / "tiny").iterdir()] == ["version_0"]
-    samples, expected = (root / "tiny" / "version_0" / "samples.jsonl" for root in (tmp_path, alone))
+    samples, expected = (root / "tiny" / "version_0" / "samples.jsonl" for root in (tmp_path, single_process))
     assert len(samples.read_text().splitlines()) == len(expected.read_text().splitlines())
 
 
-def test_torchrun_on_two_nodes_takes_the_steps_of_one(alone: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_torchrun_on_two_nodes_takes_the_steps_of_one(single_process: Path, tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     nodes = []
     for node in range(2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}"]
         launch += ["--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        nodes.append(start(command("fit", tmp_path, *on(2, 1), "--trainer.num_nodes=2", launch=launch)))
-    said = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    same_run(tmp_path, alone)
+        nodes.append(start(command("fit", tmp_path, *devices(2, 1), "--trainer.num_nodes=2", launch=launch)))
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert_same_run(tmp_path, single_process)
 
 
-def test_every_record_is_answered_and_measured_once(alone: Path, tmp_path: Path) -> None:
-    adapter = str(alone / "tiny" / "version_0" / "adapter")
-    files, measured = [], []
+def test_every_record_is_completed_and_measured_once(single_process: Path, tmp_path: Path) -> None:
+    adapter = str(single_process / "tiny" / "version_0" / "adapter")
+    files, metrics = [], []
     for processes in (1, 2):
         files.append(tmp_path / f"{processes}.jsonl")
-        more = [*on(processes, 1), "--ckpt_path", adapter]
+        more = [*devices(processes, 1), "--ckpt_path", adapter]
         run(command("predict", tmp_path, *more, "--output", str(files[-1])))
-        said = run(command("test", tmp_path, *more))
-        measured.append(dict(re.findall(r"(?m)^(test/\w+) ([\d.]+)$", said)))
+        output = run(command("test", tmp_path, *more))
+        metrics.append(dict(re.findall(r"(?m)^(test/\w+) ([\d.]+)$", output)))
     assert files[0].read_bytes() == files[1].read_bytes()
     assert len(files[0].read_bytes().splitlines()) == 40
-    assert measured[0].keys() == measured[1].keys()
-    for name, value in measured[0].items():
-        assert float(measured[1][name]) == pytest.approx(float(value), rel=1e-4), name
+    assert metrics[0].keys() == metrics[1].keys()
+    for name, value in metrics[0].items():
+        assert float(metrics[1][name]) == pytest.approx(float(value), rel=1e-4), name
 
 
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_another_number(alone: Path, tmp_path: Path) -> None:
-    process = start(command("fit", tmp_path, *on(2, 2)))
+def test_a_killed_rank_ends_the_run_and_one_process_resumes_it(single_process: Path, tmp_path: Path) -> None:
+    process = start(command("fit", tmp_path, *devices(2, 2)))
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 200
     while not last.is_file() and time.monotonic() < deadline:
@@ -144,39 +145,39 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_with_another_number(a
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), signal.SIGKILL)
     killed = time.monotonic()
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert time.monotonic() - killed < 60
     assert process.returncode != 0
-    assert "another process of this run died" in said, said
-    assert "Traceback" not in said
+    assert "another process of this run died" in output, output
+    assert "Traceback" not in output
 
     config = str(tmp_path / "tiny" / "version_0" / "config.yaml")
     resume = [sys.executable, "-m", "lit_phi2", "fit", "--config", config, "--ckpt_path", str(last)]
-    refused = start([*resume, *on(1, 3)])
-    told, _ = refused.communicate(timeout=100)
+    refused = start([*resume, *devices(1, 3)])
+    message, _ = refused.communicate(timeout=100)
     assert refused.returncode == 2
-    assert "rows_per_step: 4 in the checkpoint, 3 now" in told
-    assert "data.batch_size 1 x trainer.accumulate_grad_batches 3 x 1 processes" in told
-    run([*resume, *on(1, 4)])
-    same_run(tmp_path, alone)
+    assert "rows_per_step: 4 in the checkpoint, 3 now" in message
+    assert "data.batch_size 1 x trainer.accumulate_grad_batches 3 x 1 processes" in message
+    run([*resume, *devices(1, 4)])
+    assert_same_run(tmp_path, single_process)
 
 
-def test_what_lightning_does_in_silence_when_a_process_has_died_is_told(
+def test_a_dead_process_is_reported_before_the_run_is_killed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its observer looks every five seconds, and may be faster than the collective that fails."""
+    """Lightning's observer polls every five seconds and kills the run without a message, perhaps before a collective fails."""
     set_up_logging(rank=0)
-    ended: list[tuple[int, int]] = []
-    monkeypatch.setattr(subprocess_script.os, "kill", lambda *given: ended.append(given))
+    kills: list[tuple[int, int]] = []
+    monkeypatch.setattr(subprocess_script.os, "kill", lambda *args: kills.append(args))
     dead = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     dead.wait()
     assert subprocess_script._ChildProcessObserver(12345, [dead])._run()
-    assert ended == [(12345, signal.SIGKILL)]
+    assert kills == [(12345, signal.SIGKILL)]
     assert "error: another process of this run died. The last checkpoint is intact" in capsys.readouterr().err
 
 
-def test_strategies_for_large_trained_models_are_refused(tmp_path: Path) -> None:
+def test_strategies_other_than_ddp_are_refused(tmp_path: Path) -> None:
     process = start(command("fit", tmp_path, "--trainer.strategy=ddp_spawn", "--trainer.devices=2"))
-    said, _ = process.communicate(timeout=100)
-    assert process.returncode == 2, said
-    assert "Use auto or ddp" in said
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, output
+    assert "Use auto or ddp" in output

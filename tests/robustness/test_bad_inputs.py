@@ -89,15 +89,15 @@ INVALID_RECORDS: dict[str, tuple[object, list[str]]] = {
         {"instruction": SECRET},
         ["has no field 'response'; it has 'instruction'", "data.*_field renames"],
     ),
-    "empty field": ({"instruction": "", "response": SECRET}, ["field 'instruction' is empty; expected a text"]),
-    "blank field": ({"instruction": SECRET, "response": " \n"}, ["field 'response' is blank; expected a text"]),
-    "field that is not a text": (
+    "empty field": ({"instruction": "", "response": SECRET}, ["field 'instruction' is empty; expected text"]),
+    "blank field": ({"instruction": SECRET, "response": " \n"}, ["field 'response' is blank; expected text"]),
+    "field that is not text": (
         {"instruction": SECRET, "response": {SECRET: SECRET}},
-        ["field 'response' is an object; expected a text"],
+        ["field 'response' is an object; expected text"],
     ),
     "response too long": (
         {"instruction": SECRET, "response": f"{SECRET} " * 512},
-        ["tokens, end token included, but 512 are allowed", "Raise data.max_length, or shorten the record"],
+        ["tokens, EOS included; the limit is 512", "Raise data.max_length, or shorten the record"],
     ),
     "duplicate id": ({**GOOD, "instruction": SECRET}, ["id 'g1' was already used at ", ":1; ids must be unique"]),
     "header in a field": (
