@@ -1,6 +1,8 @@
 """GPU check: every measurement that needs a GPU, in one run of less than 8 minutes, on a machine without a network.
 
-    scripts/gpu_check --wheels DIR --python-version 3.12    on a machine with a package registry: collect wheels
+    scripts/gpu_check --missing                             on the GPU's machine: the packages that it lacks
+    scripts/gpu_check --wheels DIR --python-version 3.12    on a machine with a package registry: collect wheels,
+        [--only NAME ...]                                   of all packages or of these
     scripts/gpu_check --find-links DIR                      on the GPU's machine: install them, then measure
     scripts/gpu_check                                       where everything is installed already
     scripts/gpu_check --tiny --device cpu                   every part in a small size: the test of this program
@@ -47,9 +49,9 @@ def main() -> int:
     if args.wheels:
         environment.collect_wheels(args.wheels, names=args.only, python_version=args.python_version)
         return 0
-    missing = environment.missing_requirements()
+    missing = environment.missing_packages()
     if args.missing:
-        print("\n".join(missing))
+        print(*missing)
         return 0
     python = sys.executable
     if missing:
@@ -75,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="collect wheels in this folder, and stop")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="with --wheels: these packages only")
     parser.add_argument("--python-version", help="with --wheels: of the GPU's machine (x86-64 Linux), such as 3.12")
-    parser.add_argument("--missing", action="store_true", help="print what is missing here, and stop")
+    parser.add_argument("--missing", action="store_true", help="print the packages that are missing here, and stop")
     parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     args = parser.parse_args()

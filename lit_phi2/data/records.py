@@ -1,7 +1,7 @@
 """Records: read sources and validate every row; an invalid one is named by path:line, with what was expected.
 
     claims.jsonl:17   {"id": "c-17", "instruction": "Why ...", "response": "The ..."}  ->  Record
-    claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                          ->  InvalidRecord
+    claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                         ->  InvalidRecord
 
 Invalid records are collected and not raised, so that one pass over the data names them all. Messages contain field
 names and ids but no text of a record (a malformed fact excepted): logs are shared more freely than claims.

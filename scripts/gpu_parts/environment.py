@@ -1,7 +1,7 @@
 """Environment: what the check needs and this machine lacks, collected as wheels elsewhere and installed here.
 
-    requirements.lock, without torch -> collect_wheels -> DIR/*.whl          with a package registry
-    pyproject.toml -> missing_requirements -> make_environment -> python     without one
+    requirements.lock, without torch -> collect_wheels -> DIR/*.whl      with a package registry
+    pyproject.toml -> missing_packages -> make_environment -> python     without one
 
 torch is never collected or installed: the one that fits the machine's driver is there already. The environment sees the
 packages of the interpreter that made it; a wheel takes precedence over them.
@@ -16,34 +16,29 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+try:
+    from packaging.requirements import Requirement
+except ImportError:  # a bare machine has pip's copy
+    from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
+
 ROOT = Path(__file__).resolve().parents[2]
 # Compiled for a driver (torch and what it brings), or not needed to run anything (linters, types, plots).
-NOT_COLLECTED = re.compile(r"torch|triton|nvidia-.*|mypy|mypy[-_]extensions|ruff|types-.*|matplotlib|pre[-_]commit")
+NOT_COLLECTED = re.compile(r"torch|triton|nvidia-.*|mypy|mypy-extensions|ruff|types-.*|matplotlib|pre-commit")
 INSTALL_LIMIT = 60.0  # seconds
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")  # pip matches exactly
 
 
-def missing_requirements() -> list[str]:
-    """The requirements of running and testing lit_phi2 that this interpreter does not meet; torch is not asked for."""
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:  # a bare machine has pip's copy
-        from pip._vendor.packaging.requirements import Requirement  # type: ignore[no-redef]
+def missing_packages() -> list[str]:
+    """What to install here; nothing where every requirement of running and testing lit_phi2 is met, torch aside.
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    missing = []
-    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-        requirement = Requirement(line)
-        if NOT_COLLECTED.fullmatch(requirement.name):
-            continue
-        try:
-            installed = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(line)
-        else:
-            if not requirement.specifier.contains(installed, prereleases=True):
-                missing.append(f"{line} ({installed} is installed)")
-    return missing
+    Where one is not, the packages that it needs in turn are unknown, because its metadata is not here. So every locked
+    package goes with it that is absent or older than the lock has it.
+    """
+    requirements = [Requirement(line) for line in _project_requirements()]
+    if all(map(_is_met, requirements)):
+        return []
+    locked = [Requirement(line.replace("==", ">=")) for line in locked_requirements()]
+    return sorted({requirement.name for requirement in [*requirements, *locked] if not _is_met(requirement)})
 
 
 def collect_wheels(folder: Path, *, names: Sequence[str] = (), python_version: str | None = None) -> None:
@@ -115,6 +110,20 @@ def make_environment(wheels_dir: Path, folder: Path) -> str:
         [*pip, *("==".join(wheel.name.split("-")[:2]) for wheel in wheels)], check=True, timeout=INSTALL_LIMIT
     )
     return python
+
+
+def _project_requirements() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return [line for line in lines if not NOT_COLLECTED.fullmatch(_normalized(Requirement(line).name))]
+
+
+def _is_met(requirement: Requirement) -> bool:
+    try:
+        installed = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return bool(requirement.specifier.contains(installed, prereleases=True))
 
 
 def _normalized(name: str) -> str:

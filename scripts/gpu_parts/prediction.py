@@ -89,7 +89,7 @@ def merged_transformers(module: LitPhi2, settings: Settings) -> Generate:
     adapter_dir = settings.work_path / "adapter"
     save_adapter(module.trained_adapter(), adapter_dir)
     dtype = getattr(torch, compute_dtype(settings))
-    phi = AutoModelForCausalLM.from_pretrained(settings.base_dir, dtype=dtype, local_files_only=True)
+    phi: Any = AutoModelForCausalLM.from_pretrained(settings.base_dir, dtype=dtype, local_files_only=True)
     model = PeftModel.from_pretrained(phi.to(settings.device), str(adapter_dir)).merge_and_unload().eval()
     eos_token_id = module.eos_token_id
     greedy = GenerationConfig(

@@ -1,11 +1,11 @@
-"""The template, against texts written by hand."""
+"""Prompts: the template, compared with text written by hand."""
 
 import pytest
 
 from lit_phi2.data.prompts import HEADERS, find_template_header, format_prompt
 
 
-def test_a_prompt_without_input_has_an_instruction_and_a_response_section() -> None:
+def test_a_prompt_without_input_has_no_input_section() -> None:
     expected = """### Instruction:
 Why was claim 4417 denied?
 
@@ -14,7 +14,7 @@ Why was claim 4417 denied?
     assert format_prompt("Why was claim 4417 denied?") == expected
 
 
-def test_a_prompt_with_input_shows_it_between_instruction_and_response() -> None:
+def test_the_input_section_follows_the_instruction() -> None:
     expected = """### Instruction:
 Why was this claim denied?
 
@@ -27,8 +27,8 @@ Code 97, $120.00
     assert format_prompt("Why was this claim denied?", "Claim 4417\nCode 97, $120.00") == expected
 
 
-def test_texts_stand_in_the_prompt_as_they_are() -> None:
-    """Braces, percent signs and edge spaces mean nothing to the template, and an empty input leaves no section."""
+def test_text_is_inserted_unchanged() -> None:
+    """Braces, percent signs and outer spaces have no meaning, and an empty input has no section."""
     assert format_prompt(" {input} 100 % ", "") == "### Instruction:\n {input} 100 % \n\n### Response:\n"
 
 
@@ -40,11 +40,11 @@ def test_a_header_at_the_start_of_any_line_is_found(header: str, line_break: str
 
 
 @pytest.mark.parametrize("text", ["", "see ### Response: below", "a\n ### Response:", "### Responses", "## Response:"])
-def test_a_header_elsewhere_or_another_heading_is_plain_text(text: str) -> None:
+def test_a_header_inside_a_line_or_another_heading_is_allowed(text: str) -> None:
     assert find_template_header(text) is None
 
 
-def test_every_header_of_the_template_is_one_that_is_looked_for() -> None:
-    """Reference: the lines of a whole prompt that begin with ###."""
+def test_all_headers_of_the_template_are_searched_for() -> None:
+    """Reference: the lines of a complete prompt that begin with ###."""
     headers = [line for line in format_prompt("a", "b").splitlines() if line.startswith("###")]
     assert headers == list(HEADERS)

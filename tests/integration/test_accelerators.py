@@ -59,9 +59,9 @@ def train(write_jsonl: Jsonl, some_records: list[dict[str, str]]) -> Path:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_on_a_device_takes_the_steps_of_the_cpu(device: str, phi_dir: Path, train: Path, tmp_path: Path) -> None:
-    """Reference: the run on the CPU, in float32. At the first step the weights are equal and only the order of summation
-    differs: 1e-4 in relative norm. Adam then divides small gradients by their own size, which enlarges rounding
-    differences, so the tolerance of the final weights is 2e-2."""
+    """Reference: the run on the CPU, in float32. At the first step only the order of summation differs, by 1e-4 in
+    relative norm. Adam then divides small gradients by their own size, which enlarges rounding differences, so the
+    tolerance of the final weights is 2e-2."""
     cpu_gradients, device_gradients = Gradients(), Gradients()
     expected = run(phi_dir, train, tmp_path / "cpu", "cpu", cpu_gradients)
     weights = run(phi_dir, train, tmp_path / device, device, device_gradients)
@@ -77,9 +77,9 @@ def test_a_run_on_a_device_takes_the_steps_of_the_cpu(device: str, phi_dir: Path
 def test_a_resumed_run_on_a_device_is_the_same_run(
     device: str, dtype: str, phi_dir: Path, train: Path, tmp_path: Path
 ) -> None:
-    """Reference: the uninterrupted run, with every dropout on. A GPU may sum in another order each time, so the tolerance
-    in float32 is 1e-3 in relative norm, and in bfloat16 a quarter of the difference that another seed makes (1.6e-2 on a
-    CPU)."""
+    """Reference: the uninterrupted run, with every dropout on. A GPU may sum in another order each time, so the
+    tolerance in float32 is 1e-3 in relative norm, and in bfloat16 a quarter of the difference that another seed makes
+    (1.6e-2 on a CPU)."""
     settings = {"dtype": dtype, "dropout": True, "lora_dropout": 0.2}
     expected = run(phi_dir, train, tmp_path / "whole", device, **settings)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -108,7 +108,7 @@ def test_a_device_gives_the_completions_of_the_cpu(device: str, phi_dir: Path) -
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_activation_checkpointing_on_a_device_changes_no_gradient(device: str, phi_dir: Path) -> None:
+def test_activation_checkpointing_keeps_gradients_on_a_device(device: str, phi_dir: Path) -> None:
     """With every dropout on: the recomputed forward samples the same masks."""
     batch = collate([Example(str(n), list(range(5 + n, 40 + 7 * n)), 4) for n in range(3)], [(0, 1), (2,)]).to(device)
     gradients = []

@@ -21,7 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_loss_falls_by_a_fifth_and_every_scalar_is_logged(run: Path) -> None:
-    """The base was pretrained on such claims, without the template, so val/loss starts low: 0.404, and 0.292 after fit."""
+    """The base was pretrained on such claims without the template, so val/loss starts low: 0.404 -> 0.292."""
     events = EventAccumulator(str(run))
     events.Reload()
     losses = [event.value for event in events.Scalars("val/loss")]

@@ -108,7 +108,7 @@ def test_a_step_equals_examples_run_one_by_one(
     write_jsonl: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """Loss and every gradient of a Trainer's step, every token weighted the same, within 1e-5 in relative norm: the order
+    """Loss and every gradient of a Trainer's step, all tokens weighted alike, within 1e-5 in relative norm: the order
     of summation alone moves 1e-6."""
     records = some_records[:8]
     module = new_module(phi_dir)

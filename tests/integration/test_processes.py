@@ -165,7 +165,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_resumes_it(single_process: P
 def test_a_dead_process_is_reported_before_the_run_is_killed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lightning's observer polls every five seconds and kills the run without a message, perhaps before a collective fails."""
+    """Lightning's observer kills the run without a message, perhaps before a collective fails."""
     set_up_logging(rank=0)
     kills: list[tuple[int, int]] = []
     monkeypatch.setattr(subprocess_script.os, "kill", lambda *args: kills.append(args))

@@ -1,6 +1,6 @@
-"""What strangers hand over: pickles with a payload, damaged or foreign adapters, configs that would run code.
+"""Files from strangers: pickles with a payload, damaged or foreign adapters, configs that would run code.
 
-A canary tells: whatever payload ran would leave a file behind.
+A payload that runs creates a canary file.
 """
 
 import json
@@ -20,12 +20,13 @@ from helpers import new_data, new_module, new_trainer
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.cli.main import main
 from lit_phi2.errors import InputError
+from lit_phi2.utils.files import tree_digest
 
-FLIPS = 40  # of one bit each, in each file
+NUM_FLIPS = 40  # of one bit each, in each file
 
 
 class Payload:
-    """Unpickled, it leaves the canary behind."""
+    """Creates the canary when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -47,16 +48,16 @@ def run(phi_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run" / "version_0"
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said, in a few plain lines and with exit code 2."""
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The error message of a command that ends with exit code 2 and no traceback."""
     capsys.readouterr()
     assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    return stderr
 
 
-def test_a_pickle_in_the_place_of_a_checkpoint_is_refused_unexecuted(
+def test_a_pickle_as_a_checkpoint_is_refused_unexecuted(
     run: Path, phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     canary = tmp_path / "canary"
@@ -66,72 +67,86 @@ def test_a_pickle_in_the_place_of_a_checkpoint_is_refused_unexecuted(
     torch.save({**whole, "callbacks": Payload(canary)}, zipped)
     for file in (plain, zipped):
         for command in (["fit"], ["validate"], ["predict"], ["export", "--output_dir", str(tmp_path / "out")]):
-            said = refused([*command, "--ckpt_path", str(file), "--model.base", str(phi_dir)], capsys)
-            assert f"{file}: is not a whole checkpoint" in said
-        said = refused(["fit", "--model.adapter", str(file), "--model.base", str(phi_dir)], capsys)
-        assert f"{file}: is not a whole checkpoint" in said
+            message = error_of([*command, "--ckpt_path", str(file), "--model.base", str(phi_dir)], capsys)
+            assert f"{file}: is not a complete checkpoint" in message
+        message = error_of(["fit", "--model.adapter", str(file), "--model.base", str(phi_dir)], capsys)
+        assert f"{file}: is not a complete checkpoint" in message
     assert not canary.exists()
-    with pytest.raises(pickle.UnpicklingError):  # and the canary would have sung
+    with pytest.raises(pickle.UnpicklingError):  # shows that the payload works
         torch.load(zipped, weights_only=True)
     torch.load(zipped, weights_only=False)
     assert canary.exists()
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
-def test_a_pickle_in_an_adapter_is_refused_unexecuted(
+def test_a_pickle_in_an_adapter_folder_is_refused_unexecuted(
     name: str, run: Path, phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     canary, folder = tmp_path / "canary", tmp_path / "adapter"
     shutil.copytree(run / "adapter", folder)
     (folder / "adapter_model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Payload(canary)))
-    said = refused(["predict", "--ckpt_path", str(folder), "--model.base", str(phi_dir)], capsys)
-    assert f"{folder}: is not a folder with a whole adapter" in said
+    message = error_of(["predict", "--ckpt_path", str(folder), "--model.base", str(phi_dir)], capsys)
+    assert f"{folder}: is not a folder with a complete adapter" in message
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("part", ["checkpoints/last.ckpt", "adapter/adapter_model.safetensors"])
-def test_a_flipped_bit_or_a_cut_end_is_found_and_named(part: str, run: Path, tmp_path: Path) -> None:
-    """Wherever it flips, either nothing that is read has changed, or the file is refused."""
+def test_a_flipped_bit_or_a_truncated_file_is_refused(part: str, run: Path, tmp_path: Path) -> None:
+    """For any bit: the file is refused, or the weights are unchanged."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     file = copy / part
     readable = file if file.suffix == ".ckpt" else file.parent
-    expected, whole = read_adapter(readable).weights, file.read_bytes()
-    rng, told = random.Random(0), list[str]()
-    for _ in range(FLIPS):
-        damaged = bytearray(whole)
-        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+    expected, content = read_adapter(readable).weights, file.read_bytes()
+    rng, messages = random.Random(0), list[str]()
+    for _ in range(NUM_FLIPS):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
         try:
-            read = read_adapter(readable).weights
+            weights = read_adapter(readable).weights
         except InputError as error:
-            told.append(str(error))
+            messages.append(str(error))
         else:
-            assert all(torch.equal(read[name], weight) for name, weight in expected.items())
-    assert len(told) > 0.5 * FLIPS
-    assert all(str(readable) in message for message in told)
-    file.write_bytes(whole[: len(whole) // 2])
+            assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+    assert len(messages) > 0.5 * NUM_FLIPS
+    assert all(str(readable) in message for message in messages)
+    file.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="is not a"):
         read_adapter(readable)
 
 
-def test_an_adapter_that_does_not_fit_is_refused_by_its_first_mismatch(
+def test_an_unfit_adapter_is_refused_with_its_first_mismatch(
     run: Path, phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(run / "adapter", folder)
-    (folder / "lit_phi2.json").unlink()  # as from elsewhere: no digest
+    (folder / "lit_phi2.json").unlink()  # as another library writes it: no digest
     weights = load_file(folder / "adapter_model.safetensors")
     first = next(name for name in sorted(weights) if "fc1.lora_A" in name)
     save_file({**weights, first: weights[first][:, :-1].contiguous()}, folder / "adapter_model.safetensors")
     arguments = ["fit", "--model.base", str(phi_dir), "--model.lora_r=4", "--model.lora_alpha=8"]
     arguments += ["--data.max_length=512", "--trainer.default_root_dir", str(tmp_path / "runs")]
-    said = refused([*arguments, "--model.adapter", str(folder)], capsys)
-    assert f"weight {first!r} has shape (4, 63); expected (4, 64)" in said
-    said = refused(["fit", "--model.base=tiny", *arguments[3:], "--model.adapter", str(run / "adapter")], capsys)
-    assert "was trained on" in said
-    assert "but model.base is 'tiny'" in said
+    message = error_of([*arguments, "--model.adapter", str(folder)], capsys)
+    assert f"weight {first!r} has shape (4, 63); expected (4, 64)" in message
+    message = error_of(["fit", "--model.base=tiny", *arguments[3:], "--model.adapter", str(run / "adapter")], capsys)
+    assert "was trained on" in message
+    assert "but model.base is 'tiny'" in message
+
+
+def test_a_checkpoint_of_the_former_format_is_refused(
+    run: Path, phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: a checkpoint without format_version, with a valid digest, as the former lit_phi2 wrote it."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint["digest"], checkpoint["lit_phi2"]["format_version"]
+    file = tmp_path / "former.ckpt"
+    torch.save({**checkpoint, "digest": tree_digest(checkpoint)}, file)
+    for command in ("fit", "predict"):
+        message = error_of([command, "--ckpt_path", str(file), "--model.base", str(phi_dir)], capsys)
+        (line,) = (line for line in message.splitlines() if line.startswith("error: "))
+        assert f"{file}: is a checkpoint of another lit_phi2: its format is 1, this one reads 2" in line
 
 
 HOSTILE_CONFIGS = {
@@ -144,7 +159,7 @@ HOSTILE_CONFIGS = {
         ]
     },
     "os.system": {"logger": {"class_path": "os.system", "init_args": {"command": "touch CANARY"}}},
-    "a strategy of no strategy": {
+    "a strategy that is not one": {
         "strategy": {"class_path": "subprocess.Popen", "init_args": {"args": "touch CANARY"}}
     },
     "a module of the standard library": {"profiler": {"class_path": "code.interact"}},
@@ -152,7 +167,7 @@ HOSTILE_CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE_CONFIGS)
-def test_a_config_that_would_run_code_is_refused_and_told_how_to_allow_it(
+def test_a_config_that_would_run_code_is_refused_with_the_flag(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -160,24 +175,24 @@ def test_a_config_that_would_run_code_is_refused_and_told_how_to_allow_it(
     config.write_text(yaml.safe_dump({"trainer": HOSTILE_CONFIGS[kind]}))
     for command in ("fit", "inspect", "export"):
         more = ["--ckpt_path=x", "--output_dir=y"] if command == "export" else []
-        said = refused([command, "--config", str(config), *more], capsys)
-        assert "a config may name only" in said
-        assert "--allow_classes" in said
+        message = error_of([command, "--config", str(config), *more], capsys)
+        assert "a config may name only" in message
+        assert "--allow_classes" in message
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.yaml"]
 
 
-def test_an_allowed_class_still_cannot_call_what_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_allowed_class_cannot_call_another_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "hostile.yaml"
     config.write_text(yaml.safe_dump({"trainer": HOSTILE_CONFIGS["a hook that is subprocess.call"]}))
     allowed = "lightning.pytorch.callbacks.LambdaCallback,lightning.pytorch.callbacks.lambda_function.LambdaCallback"
-    said = refused(["inspect", "--config", str(config), "--allow_classes", allowed], capsys)
-    assert "subprocess.call" in said
+    message = error_of(["inspect", "--config", str(config), "--allow_classes", allowed], capsys)
+    assert "subprocess.call" in message
 
 
-def test_control_characters_in_records_never_reach_the_terminal(
+def test_control_characters_of_records_are_escaped_on_terminals(
     phi_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Escapes, a bell, C1 codes and marks of direction, in every place where a record is shown."""
+    """Escapes, a bell, C1 codes and direction marks, in every field of a record that is printed."""
     nasty = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u200b"
     record = {"id": f"one{nasty}", "instruction": f"Why{nasty}?", "response": f"So{nasty}.", "category": f"c{nasty}"}
     facts = [{"text": f"fact{nasty}", "kind": f"kind{nasty}"}]
@@ -187,27 +202,27 @@ def test_control_characters_in_records_never_reach_the_terminal(
     fixed += ["--data.train_files", str(file), "--data.val_files", str(file), "--data.test_files", str(file)]
     fixed += ["--trainer.default_root_dir", str(tmp_path / "runs")]
     capsys.readouterr()
-    assert main(["inspect", *fixed]) == 2  # the id stands twice
+    assert main(["inspect", *fixed]) == 2  # the id is used twice
     assert main(["inspect", *fixed, "--data.on_bad_record=skip"]) == 0
     assert main(["test", *fixed, "--data.on_bad_record=skip"]) == 0
-    shown = "".join(capsys.readouterr())
-    assert r"\x1b" in shown
-    assert not [c for c in shown if not c.isprintable() and c not in "\n\t\r"]
+    printed = "".join(capsys.readouterr())
+    assert r"\x1b" in printed
+    assert not [c for c in printed if not c.isprintable() and c not in "\n\t\r"]
 
 
-def test_with_every_connection_refused_all_subcommands_run_on_local_files(
+def test_all_subcommands_run_without_a_network(
     run: Path, phi_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a connection was tried")
+        raise AssertionError("a connection was attempted")
 
     for name in ("connect", "connect_ex", "bind", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     file = str(run.parent.parent / "records.jsonl")
-    uses = [f"--data.{use}_files={file}" for use in ("train", "val", "test", "predict")]
-    fixed = ["--model.base", str(phi_dir), "--data.max_length=128", "--model.max_new_tokens=4", *uses]
+    files = [f"--data.{split_name}_files={file}" for split_name in ("train", "val", "test", "predict")]
+    fixed = ["--model.base", str(phi_dir), "--data.max_length=128", "--model.max_new_tokens=4", *files]
     fixed += ["--trainer.default_root_dir", str(tmp_path / "runs"), "--run_name=alone", "--trainer.max_epochs=1"]
     for command in ("fit", "validate", "test", "predict"):
         more = [] if command == "fit" else ["--ckpt_path=last"]
@@ -215,5 +230,5 @@ def test_with_every_connection_refused_all_subcommands_run_on_local_files(
 
 
 @pytest.fixture(autouse=True)
-def _as_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def _errors_without_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIT_PHI2_TRACEBACK", raising=False)

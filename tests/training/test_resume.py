@@ -85,9 +85,7 @@ def test_a_run_that_dies_and_is_resumed_ends_in_the_same_weights(
     for name, weight in weights_of(module).items():
         assert torch.equal(weight, expected[name]), name
     resumed = tmp_path / "run" / "version_0"
-    assert sorted(path.name for path in resumed.parent.iterdir()) == ["version_0"], (
-        "the resumed run uses the same folder"
-    )
+    assert sorted(path.name for path in resumed.parent.iterdir()) == ["version_0"], "it resumes in its folder"
     for name in ("last.ckpt", "best.ckpt"):
         actual, reference = (
             torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (resumed, whole_folder)
