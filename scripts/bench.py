@@ -41,6 +41,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+from measurement import write_measurement
 from peers.registry import ENVIRONMENTS, PEERS
 from peers.task import LORA_R, NUM_CHECKED, ROW_LENGTH, Example, Ledger, Report, Task, totals
 from timers import peak_gib, reset_peak_memory
@@ -51,6 +52,7 @@ from timers import peak_gib, reset_peak_memory
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "bench"
 IDS = BUILD / "ids.json"
+MEDIAN_KEYS = ("tokens_per_second", "loading_gib", "training_gib", "loss_before", "loss_after")  # of the table
 LOSS_TOLERANCE = 0.02  # of the loss at step 0: matmuls are in bfloat16, and every peer rounds in other places
 
 
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of every process; torch's default if not given")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of all but the notebook")
     parser.add_argument("--peer-dtype", choices=["bfloat16", "float32"], help="of the peers, if not --dtype")
+    parser.add_argument("--output", type=Path, help="a JSON file for scripts/plots.py")
     parser.add_argument("--worker", choices=["prepare", "convert", *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # of a worker: do not train
     args = parser.parse_args()
@@ -145,6 +148,9 @@ def bench(args: argparse.Namespace, names: list[str]) -> None:
             run_pair(args, name, facts, number, runs, ratios)
     print("\n" + format_table(runs, ratios))
     print("\n" + format_utilization(runs["ours"]))
+    if args.output:
+        device = "" if args.device == "cpu" else facts["device"]
+        write_measurement(args.output, "throughput", comparison(runs, names, facts), device=device)
 
 
 def check_all(args: argparse.Namespace, names: list[str], facts: Report) -> None:
@@ -280,16 +286,13 @@ def format_table(runs: dict[str, list[Report]], ratios: dict[str, list[float]]) 
         if name in ratios:
             times = f"{median(ratios[name]):.2f} times"
             spread = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
-        medians = {key: median(run[key] for run in peer_runs) for key in peer_runs[0] if key in _MEDIAN_KEYS}
+        medians = {key: median(run[key] for run in peer_runs) for key in peer_runs[0] if key in MEDIAN_KEYS}
         lines.append(
             f"| {name}{' (fastest setting)' if is_fastest else ''} | {medians['tokens_per_second']:,.1f} | {times} "
             f"| {spread} | {medians['loading_gib']:.2f} | {medians['training_gib']:.2f} "
             f"| {medians['loss_before']:.4f} | {medians['loss_after']:.4f} | {peer_runs[0]['steps']} |"
         )
     return "\n".join(lines)
-
-
-_MEDIAN_KEYS = ("tokens_per_second", "loading_gib", "training_gib", "loss_before", "loss_after")
 
 
 def format_utilization(runs: list[Report]) -> str:
@@ -299,6 +302,22 @@ def format_utilization(runs: list[Report]) -> str:
         f"{max(fractions):.2f}), which is {median(run['best_matmul_rate'] for run in runs) / 1e12:.3f} TFLOP/s in "
         f"{runs[-1]['best_matmul']}"
     )
+
+
+def comparison(runs: dict[str, list[Report]], names: list[str], facts: Report) -> Report:
+    """The numbers for plots.py: the rounds of each peer, and those of ours right before them."""
+    peers = {}
+    for index, name in enumerate(names):
+        ours = runs["ours"][index :: len(names)]  # ours runs once before each peer
+        peers[name] = {
+            "tokens_per_second": [run["tokens_per_second"] for run in runs[name]],
+            "ours_tokens_per_second": [run["tokens_per_second"] for run in ours],
+            "training_gib": median(run["training_gib"] for run in runs[name]),
+            "ours_training_gib": median(run["training_gib"] for run in ours),
+        }
+    utilization = median(run["matmul_utilization"] for run in runs["ours"])
+    sizes = {key: facts[key] for key in ("records", "tokens", "num_layers", "hidden_size")}
+    return {**sizes, "matmul_utilization": utilization, "peers": peers}
 
 
 def _python(environment: str) -> str:

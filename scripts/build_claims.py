@@ -154,12 +154,12 @@ def faults_of(category: Category) -> Iterator[str]:
     for form in FORMS:
         if len(category["asks"][form]) < 5:
             yield f"asks.{form}: at least 5 are needed"
-        if len(category["completions"][form]) < 2:
+        if len(category["answers"][form]) < 2:
             yield f"answers.{form}: at least 2 skeletons are needed"
         for fact in category["facts"][form]:
             if len(fact) < 4 or fact.lower() in named:
                 yield f"facts.{form}: {fact!r} is too short, or stands in notices or asks"
-        for number, moves in enumerate(category["completions"][form], 1):
+        for number, moves in enumerate(category["answers"][form], 1):
             place = f"answers.{form} {number}"
             if (moves.count("@rights") != 1) if form == "explain" else ("@rights" in moves):
                 yield f"{place}: '@rights' stands once in explain and nowhere else"

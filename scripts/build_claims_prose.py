@@ -250,9 +250,7 @@ def write_notice(
 def write_sentences(rng: random.Random, scenarios: list[Scenario]) -> str:
     """A notice, then loose sentences about it in no order, from answers of every form."""
     category, kind, _, values, came_in, _ = write_notice(rng, scenarios)
-    moves = [
-        move for form in FORMS for skeleton in category["completions"][form] for move in skeleton if move != "@rights"
-    ]
+    moves = [move for form in FORMS for skeleton in category["answers"][form] for move in skeleton if move != "@rights"]
     chosen = [kind.rights, *rng.sample(moves, rng.randint(3, 6))]
     rng.shuffle(chosen)
     heading = rng.choice(("Phrases", "Pieces for later", "To choose from", "Cuttings")) + rng.choice((":", ""))
@@ -263,7 +261,7 @@ def write_sentences(rng: random.Random, scenarios: list[Scenario]) -> str:
 def write_file(rng: random.Random, scenarios: list[Scenario]) -> str:
     """The file of one claim: what came in, what was written about it, and an index card, in one order or another."""
     category, kind, form, values, came_in, shows_sums = write_notice(rng, scenarios)
-    number = rng.randrange(len(category["completions"][form]))
+    number = rng.randrange(len(category["answers"][form]))
     answer = compose_answer(rng, category, kind, form, number, values, shows_sums and form == "explain")
     written = rng.choice(HEADS[form]).format(**values) + answer
     recap = rng.choice(RECAPS).format(**values)
@@ -279,7 +277,7 @@ def write_requests(rng: random.Random, scenarios: list[Scenario]) -> str:
     parts = []
     for form in rng.sample(FORMS, rng.choice((1, 2, 2, 3, 3))):
         parts.append(before_ask + in_some_tone(rng, rng.choice(category["asks"][form])))
-        number = rng.randrange(len(category["completions"][form]))
+        number = rng.randrange(len(category["answers"][form]))
         own = values | {"doctor": values["my doctor" if form == "draft" else "your doctor"]}
         own["Doctor"] = capitalized(own["doctor"])
         answer = compose_answer(rng, category, kind, form, number, own, shows_sums and form == "explain")
@@ -312,7 +310,7 @@ def write_retold(rng: random.Random, scenarios: list[Scenario], foreign: list[st
     general = {slot: UNTOLD[slot] for slot in untold}
     values |= general | {capitalized(slot): capitalized(text) for slot, text in general.items()}
     values["signer"] = person.signer.format(**values)
-    number = rng.randrange(len(category["completions"][form]))
+    number = rng.randrange(len(category["answers"][form]))
     before_ask, before_answer = rng.choice(REQUESTS)
     answer = compose_answer(rng, category, kind, form, number, values, with_sums=False)
     return before_ask + came_in + rng.choice(("\n", "\n\n")) + before_answer + answer
@@ -361,7 +359,7 @@ def write_guide(rng: random.Random, scenarios: list[Scenario]) -> str:
         form = rng.choice(FORMS)
         values = fill_values(rng, category, case, kind, rng.choice(people_of(category["line"])), form)
         lines.append(rng.choice(GUIDES).format(**values))
-        moves = [move for move in rng.choice(category["completions"][form]) if move != "@rights"]
+        moves = [move for move in rng.choice(category["answers"][form]) if move != "@rights"]
         lines.append(rng.choice(rng.choice(moves)).format(**values))
     form = rng.choice(FORMS)
     facts = category["facts"][form]

@@ -29,7 +29,8 @@ def main() -> None:
 
 
 def phi2_config(layers: int = 32, **overrides: Any) -> PhiConfig:
-    """https://huggingface.co/microsoft/phi-2/blob/main/config.json, with another number of layers or other overrides."""
+    """Phi-2's config with another number of layers, or with other overrides."""
+    # https://huggingface.co/microsoft/phi-2/blob/main/config.json
     settings: dict[str, Any] = {
         "vocab_size": 51200,
         "hidden_size": 2560,

@@ -34,6 +34,7 @@ from typing import Any
 
 from gpu_parts import environment
 from gpu_parts.settings import PARTS, Settings, new_settings, parse_limits
+from measurement import git_commit, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG_LINES = 15  # of a failed part, in the report
@@ -172,25 +173,6 @@ def format_part(name: str, part: Report) -> str:
     if "summary" in part:
         line += f"  {part['summary']}"
     return "\n".join([line, *(f"    {text}" for text in part.get("log", []))])
-
-
-def git_commit() -> str | None:
-    """The commit that is checked out, with a plus sign if files differ from it; None where there is no git."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
-
-
-def write_json(file: Path, value: Report) -> None:
-    """Replace the file: a reader finds the old content or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp_file = file.with_name(file.name + ".tmp")
-    tmp_file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    tmp_file.replace(file)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,11 @@ def read_peft_folder(folder: Path) -> Adapter:
     targets = [target for target in config["target_modules"] if target not in QKV_PROJECTIONS]
     if any(target in config["target_modules"] for target in QKV_PROJECTIONS):
         targets.insert(0, "Wqkv")
-    targets = tuple(metadata.get("target_modules", targets))
     return Adapter(
         weights=merge_qkv(weights, source=str(folder)),
-        settings=LoraSettings(int(config["r"]), int(config["lora_alpha"]), targets),
+        settings=LoraSettings(
+            int(config["r"]), int(config["lora_alpha"]), tuple(metadata.get("target_modules", targets))
+        ),
         base={
             "base": str(metadata.get("base", config["base_model_name_or_path"])),
             "base_revision": str(metadata.get("base_revision", "")),

@@ -62,7 +62,7 @@ class Phi2Block(PhiDecoderLayer):
         if config.hidden_act == "gelu_new":  # the same function, in one pass over memory instead of six
             mlp.activation_fn = Gelu()
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]  # given by keyword
         """(B, T, D) -> (B, T, D), called by transformers' PhiModel: attention over the cache, if there is one."""
         return block_forward(self, hidden_states, partial(cached_attention, self.self_attn, **kwargs))
 

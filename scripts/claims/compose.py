@@ -55,7 +55,7 @@ def compose_record(rng: random.Random, category: Category, case: Category, kind:
     person = rng.choice(people_of(category["line"]))
     values = fill_values(rng, category, case, kind, person, form)
     instruction, context, shows_sums = compose_prompt(rng, rng.choice(category["asks"][form]), values, person)
-    number = rng.randrange(len(category["completions"][form]))
+    number = rng.randrange(len(category["answers"][form]))
     with_sums = shows_sums and form == "explain"
     facts = [{"text": values[slot], "kind": "copied"} for slot in COPIED[form]]
     facts += [{"text": text, "kind": "known"} for text in (values["document"], *category["facts"][form])]
@@ -88,7 +88,7 @@ def compose_answer(
     with_sums: bool,
 ) -> str:
     """A skeleton with a wording drawn for each of its moves. Letters have paragraphs, lists lines; the rest runs on."""
-    moves = list(category["completions"][form][number])
+    moves = list(category["answers"][form][number])
     if with_sums:
         moves.insert(moves.index("@rights"), PROMPTS["sums"])
     chosen = [rng.choice(kind.rights if move == "@rights" else move).format(**values) for move in moves]

@@ -10,6 +10,7 @@ import torch
 
 from gpu_parts.settings import Settings
 from lit_phi2.model.device import choose_dtype
+from measurement import cpu_name
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -40,4 +41,4 @@ def compute_dtype(settings: Settings) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return cpu_name()

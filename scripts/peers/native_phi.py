@@ -11,10 +11,10 @@ from peers.task import LEARNING_RATE, LORA_ALPHA, LORA_R, SEED, WEIGHT_DECAY, Le
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "fc1", "fc2"]
 
 
-def load_native_phi(base: str, dtype: str, *, lora_alpha: int = LORA_ALPHA) -> Any:
+def load_native_phi(base: str, dtype: str) -> Any:
     torch.manual_seed(SEED)
     phi = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), local_files_only=True)
-    config = LoraConfig(r=LORA_R, lora_alpha=lora_alpha, target_modules=TARGET_MODULES, task_type="CAUSAL_LM")
+    config = LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, target_modules=TARGET_MODULES, task_type="CAUSAL_LM")
     return get_peft_model(phi, config)
 
 

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from lit_phi2.data.prompts import HEADERS
+from lit_phi2.data.records import Fact
 from lit_phi2.data.sources import CLAIMS_DIR
+from lit_phi2.evaluation.baselines import nearest_neighbors
+from lit_phi2.evaluation.metrics import match_facts
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SPLITS = ("train", "validation", "test")
@@ -350,6 +353,61 @@ def test_test_responses_are_not_near_copies_of_training(splits: Splits) -> None:
         if not response_ngrams or count > len(response_ngrams) / 2:
             too_similar[record["id"]] = f"{count} of {len(response_ngrams)} in {splits['train'][number]['id']}"
     assert too_similar == {}
+
+
+# The dataset card
+
+
+def card_rows(name: str) -> list[list[str]]:
+    """The cells of the README's table rows that start with a name in code style."""
+    lines = (CLAIMS_DIR / "README.md").read_text("utf-8").splitlines()
+    rows = [[cell.strip().replace(",", "") for cell in line.split("|")[1:-1]] for line in lines]
+    return [row for row in rows if row and row[0] == f"`{name}`"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_dataset_card_states_the_counts_of_the_files(split: str, splits: Splits) -> None:
+    records = splits[split]
+    forms = Counter(record["form"] for record in records)
+    counts = [
+        len(records),
+        sum(map(is_gold, records)),
+        *(forms[form] for form in ("explain", "draft", "require")),
+        sum(1 for record in records if record["input"]),
+        len({record["scenario"] for record in records}),
+    ]
+    assert card_rows(f"{split}.jsonl") == [[f"`{split}.jsonl`", *map(str, counts)]]
+    for kind in ("copied", "known", "reasoned"):
+        [row] = card_rows(kind)
+        assert row[2 + SPLITS.index(split)] == str(sum(len(fact_texts(record, kind)) for record in records))
+    assert {6 <= len(record["facts"]) <= 11 for record in records} == {True}
+    per_category = Counter(record["category"] for record in composed(records))
+    assert set(per_category.values()) == {150 if split == "train" else 14}
+    if split != "train":
+        scenarios = {(record["category"], record["scenario"]) for record in composed(records)}
+        assert set(Counter(category for category, _ in scenarios).values()) == {3}
+
+
+def test_the_dataset_card_names_every_category(records: list[Record]) -> None:
+    card = normalize((CLAIMS_DIR / "README.md").read_text("utf-8"))
+    assert [name for name in {record["category"] for record in records} if name not in card] == []
+    assert f"the {len({record['category'] for record in records})} below" in card
+
+
+def test_the_dataset_card_states_the_baselines_fact_recall(splits: Splits) -> None:
+    train, test = splits["train"], splits["test"]
+    nearest = nearest_neighbors([prompt(record) for record in train], [prompt(record) for record in test])
+    completions = {"copy": map(prompt, test), "nearest": (train[index]["response"] for index in nearest)}
+    recall = {}
+    for name, texts in completions.items():
+        recalls = []
+        for record, text in zip(test, texts, strict=True):
+            facts = [Fact(**fact) for fact in record["facts"]]
+            recalls.append(sum(match_facts(facts, text, record["response"])) / len(facts))
+        recall[name] = sum(recalls) / len(recalls)
+    card = normalize((CLAIMS_DIR / "README.md").read_text("utf-8"))
+    assert f"copying the prompt matches {recall['copy']:.3f} of" in card
+    assert f"the response of the nearest training record {recall['nearest']:.3f}." in card
 
 
 # Gold

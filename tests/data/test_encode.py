@@ -224,7 +224,7 @@ def test_on_overlong_skip_skips_and_error_is_invalid(tokenizer: Tokenizer) -> No
 
 
 def test_an_overlong_record_is_kept_whole_for_rejected_jsonl(tokenizer: Tokenizer) -> None:
-    """The user can shorten it there and use the file as a source."""
+    """There the user can see and shorten it; the message itself contains no text of the record."""
     skipped = encode_one(RECORD, tokenizer, max_length=10, on_overlong="skip").skipped[0]
     assert json.loads(skipped.raw) == {
         "id": "r",

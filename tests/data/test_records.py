@@ -21,7 +21,7 @@ def read(*sources: Path | str, needs_response: bool = True, **fields: str) -> tu
 
 
 def test_reading_records_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
-    """A file can then be validated in a fraction of a second. Checked in a new process, after a file of each kind."""
+    """So a file can be validated in a fraction of a second. Checked in a new process that reads JSON and CSV."""
     jsonl, table = tmp_path / "r.jsonl", tmp_path / "r.csv"
     jsonl.write_text(json.dumps(GOOD), "utf-8")
     table.write_text("instruction,response\nWhy?,Because.\n", "utf-8")
@@ -135,7 +135,7 @@ def test_every_record_is_either_valid_or_invalid(tmp_path: Path) -> None:
 
 
 def test_an_invalid_record_keeps_its_text_from_the_file(tmp_path: Path) -> None:
-    """The user can fix rejected.jsonl and use it as a source."""
+    """rejected.jsonl shows it to the user in full."""
     unparsable, wrong_type = '{"instruction": "Why?"', {"instruction": "Größe?", "response": 3}
     path = tmp_path / "r.jsonl"
     path.write_text(f"{unparsable}\n{json.dumps(wrong_type)}\n", "utf-8")

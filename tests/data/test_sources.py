@@ -188,7 +188,10 @@ def test_reading_writes_nothing_to_disk(tmp_path: Path) -> None:
     [
         (b"Why?", "field 'response' has no value; expected text."),
         (b"Why?,", "field 'response' is empty; expected text."),
-        (b"Why?,Because,of,that", "has 4 values but the header has 2 columns; put a value that contains a comma in quotes"),
+        (
+            b"Why?,Because,of,that",
+            "has 4 values but the header has 2 columns; put a value that contains a comma in quotes",
+        ),
         (b"Caf\xe9,Because.", "is not UTF-8. Save the file as UTF-8."),
         (b'"Why" not?,Because.', "is not valid CSV: ',' expected after '\"'; nothing after it was read."),
         (b'"Why?,Because.', "is not valid CSV: unexpected end of data; nothing after it was read."),
@@ -289,7 +292,11 @@ def test_an_unreadable_hub_dataset_says_what_was_expected(monkeypatch: pytest.Mo
         ("r.csv", b"instruction,response\n", "is empty"),
         ("r.xlsx", b"PK", "unknown format '.xlsx'; expected a file ending in .jsonl, .json, .csv or .parquet"),
         ("r", b"{}", "unknown format ''"),
-        ("r.json", b'{"instruction": "a"}', "is not a JSON array of objects; a file with one object per line ends in .jsonl"),
+        (
+            "r.json",
+            b'{"instruction": "a"}',
+            "is not a JSON array of objects; a file with one object per line ends in .jsonl",
+        ),
         ("r.json", b'[\n{"instruction": "a"},\n{"instruction" "b"}]', ":3: is not valid JSON: Expecting ':' delimiter"),
         ("r.json", b'[\n{"instruction": "a"}\n', ":3: is not valid JSON: expected ',' or ']'"),
         ("r.json", b'[{"instruction": "a"}]\n\n[]', ":3: is not valid JSON: the array is not closed, or more follows"),

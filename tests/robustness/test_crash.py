@@ -21,4 +21,4 @@ def test_a_run_killed_repeatedly_ends_in_the_same_bytes() -> None:
     assert "equal" in last
     kills = {phase: int(count) for count, phase in re.findall(r"(\d+) in (\w+)", last)}
     assert sum(kills.values()) >= 8
-    assert {"step", "window", "validation", "checkpoint", "export", "answers"} <= set(kills)
+    assert {"step", "window", "validation", "checkpoint", "export", "completions"} <= set(kills)
