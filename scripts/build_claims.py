@@ -1,14 +1,14 @@
-"""Compose the packaged claims records, and check what is promised of them.
+"""Compose the packaged claims records and check their guarantees.
 
-    scripts/claims/ (categories/*.yaml: what is known; world.py: people and plans; gold.jsonl: written by hand)
-      -> lit_phi2/assets/claims/{train,validation,test}.jsonl, and gold.jsonl: the gold records of test once more
+    scripts/claims/ (categories/*.yaml: domain knowledge; world.py: people and plans; gold.jsonl: written by hand)
+      -> lit_phi2/assets/claims/{train,validation,test}.jsonl, and gold.jsonl: a copy of the gold records of test
 
     python scripts/build_claims.py                 write the files
-    python scripts/build_claims.py --check FILE    the faults of one category's file, and three of its records
+    python scripts/build_claims.py --check FILE    the errors in one category's file, and three of its records
 
 Each scenario (`claims/compose.py`) belongs to one split, so validation and test ask for combinations that training
-never shows, of parts that it does. The facts of a record are what any right answer must hold, whatever its wording;
-each wording of a form holds all of them, which is checked.
+never has, of parts that it has. The facts of a record are what a correct response contains in any wording; every
+wording of a form contains all of them, which is checked.
 
 All people, plans, numbers and dates are invented. The same seed gives the same bytes.
 """
@@ -20,6 +20,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,8 +29,8 @@ from claims.world import capitalized, kinds_of
 
 PER_CATEGORY = {"train": 150, "validation": 14, "test": 14}  # composed records
 NGRAM = 8  # words
-NEAR = 0.45  # share of its runs of eight words that a held-out answer may have in common with one training answer
-# Slots that every wording of a form holds, so that no fact depends on the wording.
+MAX_SHARED_NGRAMS = 0.45  # fraction of its n-grams that a held-out response may share with one training response
+# Slots that every wording of a form contains, so that no fact depends on the wording.
 SLOTS = {
     "explain": ("plan", "claim", "service", "fact", "document"),
     "draft": ("plan", "claim", "member", "service", "notice_date", "fact", "document", "signer"),
@@ -44,11 +45,11 @@ ALL_SLOTS = {
 def build(seed: int) -> dict[str, list[Record]]:
     """Split -> its records, composed and gold, shuffled."""
     gold = [json.loads(line) for line in (FOLDER / "gold.jsonl").read_text(encoding="utf-8").splitlines()]
-    gold_grams = set().union(*(grams(record["response"]) for record in gold))
+    gold_ngrams = set().union(*(ngrams_of(record["response"]) for record in gold))
     rng = random.Random(seed)
     splits: dict[str, list[Record]] = {split: [] for split in PER_CATEGORY}
     seen_prompts: set[str] = set()
-    trained: dict[tuple[str, ...], list[int]] = defaultdict(list)  # 8-gram -> training records that hold it
+    trained: dict[tuple[str, ...], list[int]] = defaultdict(list)  # n-gram -> training records that contain it
     for split, count in PER_CATEGORY.items():
         for category in load_categories():
             pairs = scenarios_of(category, seed)[split]
@@ -57,23 +58,23 @@ def build(seed: int) -> dict[str, list[Record]]:
                 case, kind = pairs[number % len(pairs)] if split != "train" else rng.choice(pairs)
                 record = compose_record(rng, category, case, kind, FORMS[number % 3])
                 check_facts(record)
-                prompt, found = record["instruction"] + record["input"], grams(record["response"])
-                if prompt in seen_prompts or found & gold_grams:
+                prompt, ngrams = record["instruction"] + record["input"], ngrams_of(record["response"])
+                if prompt in seen_prompts or ngrams & gold_ngrams:
                     continue
                 if split == "train":
-                    for gram in found:
-                        trained[gram].append(len(splits["train"]))
-                else:  # an answer that training nearly gives away would measure memory
-                    shared = Counter(n for gram in found for n in trained.get(gram, ()))
-                    if shared and shared.most_common(1)[0][1] > NEAR * len(found):
+                    for ngram in ngrams:
+                        trained[ngram].append(len(splits["train"]))
+                else:  # a response that is close to a training response would measure memory
+                    shared = Counter(n for ngram in ngrams for n in trained.get(ngram, ()))
+                    if shared and shared.most_common(1)[0][1] > MAX_SHARED_NGRAMS * len(ngrams):
                         continue
                 seen_prompts.add(prompt)
                 splits[split].append(record)
                 number += 1
     for record in gold:
         check_facts(record)
-        told = {"scenario": f"gold | {record['id']}", "skeleton": f"gold | {record['id']}"}
-        splits[record["split"]].append({**record, **told})
+        labels = {"scenario": f"gold | {record['id']}", "skeleton": f"gold | {record['id']}"}
+        splits[record["split"]].append({**record, **labels})
     numbered = {split: number_records(rng, split, records) for split, records in splits.items()}
     return numbered | {"gold": [record for record in numbered["test"] if record["scenario"].startswith("gold")]}
 
@@ -89,13 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("lit_phi2/assets/claims"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", type=Path, help="a category's file: check it, write nothing")
+    parser.add_argument("--check", type=Path, help="a category's file: check it and write nothing")
     args = parser.parse_args()
     if args.check:
         show_check(args.check)
         return
     for category in load_categories():
-        assert not (faults := list(faults_of(category))), f"{category['name']}: {faults}"
+        assert not (errors := list(errors_of(category))), f"{category['name']}: {errors}"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for split, records in build(args.seed).items():
         path = args.output_dir / f"{split}.jsonl"
@@ -106,9 +107,9 @@ def main() -> None:
 
 def show_check(path: Path) -> None:
     category = yaml.safe_load(path.read_text(encoding="utf-8"))
-    faults = list(faults_of(category))
-    print("\n".join(f"FAULT {fault}" for fault in faults) or "no faults")
-    if faults:
+    errors = list(errors_of(category))
+    print("\n".join(f"ERROR {error}" for error in errors) or "no errors")
+    if errors:
         return
     rng = random.Random()
     for _ in range(300):
@@ -125,76 +126,87 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def grams(text: str) -> set[tuple[str, ...]]:
-    """Its runs of eight words.
+def ngrams_of(text: str) -> set[tuple[str, ...]]:
+    """Its runs of NGRAM words.
 
-    >>> len(grams("one two three four five six seven eight nine"))
+    >>> len(ngrams_of("one two three four five six seven eight nine"))
     2
     """
-    found = words(text)
-    return {tuple(found[n : n + NGRAM]) for n in range(len(found) - NGRAM + 1)}
+    tokens = words(text)
+    return {tuple(tokens[n : n + NGRAM]) for n in range(len(tokens) - NGRAM + 1)}
 
 
-def faults_of(category: Category) -> Iterator[str]:
-    """What is wrong with a category's file, in words for its writer."""
-    named = "\n".join([*category["notices"], *(ask for asks in category["asks"].values() for ask in asks)]).lower()
+def errors_of(category: Category) -> Iterator[str]:
+    """What is wrong with a category's file, in words for its author."""
+    asks = [ask for asks in category["asks"].values() for ask in asks]
+    prompt_text = "\n".join([*category["notices"], *asks]).lower()
     if not kinds_of(category):
-        yield f"line {category['line']!r} is none of health, auto, property, life, disability, travel"
-    for key, least in (("notices", 4), ("cases", 8)):
-        if len(category[key]) < least:
-            yield f"{key}: {len(category[key])}, at least {least} are needed"
-    documents = [case["document"].lower() for case in category["cases"]]
-    for document, count in Counter(documents).items():
-        told = named + "\n".join(case["service"] + "\n" + case["fact"] for case in category["cases"]).lower()
-        if count > 1 or document in told:
-            yield f"document {document!r} is not its case's own, or stands in the prompts"
-    for case in category["cases"]:
-        if case["fact"][-1] in ".!" or re.search(r"\b(I|you|my|your)\b", case["fact"]):
-            yield f"fact {case['fact']!r} ends with a stop, or says I or you"
+        yield f"line {category['line']!r} is not one of health, auto, property, life, disability, travel"
+    yield from _errors_of_cases(category, prompt_text)
     for form in FORMS:
         if len(category["asks"][form]) < 5:
             yield f"asks.{form}: at least 5 are needed"
-        if len(category["answers"][form]) < 2:
-            yield f"answers.{form}: at least 2 skeletons are needed"
+        if len(category["responses"][form]) < 2:
+            yield f"responses.{form}: at least 2 skeletons are needed"
         for fact in category["facts"][form]:
-            if len(fact) < 4 or fact.lower() in named:
-                yield f"facts.{form}: {fact!r} is too short, or stands in notices or asks"
-        for number, moves in enumerate(category["answers"][form], 1):
-            place = f"answers.{form} {number}"
-            if (moves.count("@rights") != 1) if form == "explain" else ("@rights" in moves):
-                yield f"{place}: '@rights' stands once in explain and nowhere else"
-            written = [move for move in moves if move != "@rights"]
-            for move in written:
-                if not isinstance(move, list) or len(move) < 2:
-                    yield f"{place}: a move needs at least 2 alternatives: {move!r}"
-            for text in (text for move in written for text in move):
-                for slot in re.findall(r"\{(.*?)\}", text):
-                    if slot not in ALL_SLOTS:
-                        yield f"{place}: there is no slot {{{slot}}}: {text!r}"
-                if form != "draft" and re.search(r"\{([Ii]|[Mm]y|me|signer)\}", text):
-                    yield f"{place}: {{I}}, {{my}}, {{me}} and {{signer}} are for drafts: {text!r}"
-            for slot in SLOTS[form]:
-                forms = (f"{{{slot}}}", f"{{{capitalized(slot)}}}")
-                if not any(all(any(f in text for f in forms) for text in move) for move in written):
-                    yield f"{place}: no move holds {{{slot}}} in all its alternatives"
-            for fact in category["facts"][form]:
-                if not any(all(fact.lower() in text.lower() for text in move) for move in written):
-                    yield f"{place}: no move holds the fact {fact!r} in all its alternatives"
+            if len(fact) < 4 or fact.lower() in prompt_text:
+                yield f"facts.{form}: {fact!r} is too short, or occurs in notices or asks"
+        for number, moves in enumerate(category["responses"][form], 1):
+            for error in _errors_of_skeleton(moves, form, category["facts"][form]):
+                yield f"responses.{form} {number}: {error}"
+
+
+def _errors_of_cases(category: Category, prompt_text: str) -> Iterator[str]:
+    for key, minimum in (("notices", 4), ("cases", 8)):
+        if len(category[key]) < minimum:
+            yield f"{key}: {len(category[key])}, at least {minimum} are needed"
+    case_text = "\n".join(case["service"] + "\n" + case["fact"] for case in category["cases"]).lower()
+    documents = Counter(case["document"].lower() for case in category["cases"])
+    for document, count in documents.items():
+        if count > 1 or document in prompt_text + case_text:
+            yield f"document {document!r} belongs to several cases, or occurs in the prompts"
+    for case in category["cases"]:
+        if case["fact"][-1] in ".!" or re.search(r"\b(I|you|my|your)\b", case["fact"]):
+            yield f"fact {case['fact']!r} ends with a full stop, or says I or you"
+
+
+def _errors_of_skeleton(moves: list[Any], form: str, facts: list[str]) -> Iterator[str]:
+    if (moves.count("@rights") != 1) if form == "explain" else ("@rights" in moves):
+        yield "'@rights' must occur once in explain and nowhere else"
+    written = [move for move in moves if move != "@rights"]
+    for move in written:
+        if not isinstance(move, list) or len(move) < 2:
+            yield f"a move needs at least 2 alternatives: {move!r}"
+    for text in (text for move in written for text in move):
+        for slot in re.findall(r"\{(.*?)\}", text):
+            if slot not in ALL_SLOTS:
+                yield f"there is no slot {{{slot}}}: {text!r}"
+        if form != "draft" and re.search(r"\{([Ii]|[Mm]y|me|signer)\}", text):
+            yield f"{{I}}, {{my}}, {{me}} and {{signer}} are for drafts: {text!r}"
+    for slot in SLOTS[form]:
+        spellings = (f"{{{slot}}}", f"{{{capitalized(slot)}}}")
+        if not any(all(any(spelling in text for spelling in spellings) for text in move) for move in written):
+            yield f"no move has {{{slot}}} in all its alternatives"
+    for fact in facts:
+        if not any(all(fact.lower() in text.lower() for text in move) for move in written):
+            yield f"no move has the fact {fact!r} in all its alternatives"
 
 
 def check_facts(record: Record) -> None:
-    """Every fact stands in the response, and in the prompt if and only if it is copied."""
-    prompt, response = (folded(text) for text in (record["instruction"] + "\n" + record["input"], record["response"]))
+    """Every fact occurs in the response, and in the prompt if and only if it is copied."""
+    prompt, response = (
+        normalize(text) for text in (record["instruction"] + "\n" + record["input"], record["response"])
+    )
     for fact in record["facts"]:
-        text = folded(fact["text"])
-        assert len(text) >= 4, f"{fact} is too short to be looked for: {record}"
-        assert text in response, f"{fact} does not stand in the response of {record}"
+        text = normalize(fact["text"])
+        assert len(text) >= 4, f"{fact} is too short to be searched for: {record}"
+        assert text in response, f"{fact} does not occur in the response of {record}"
         assert (text in prompt) == (fact["kind"] == "copied"), (
-            f"{fact} in the prompt or not, against its kind: {record}"
+            f"{fact} must occur in the prompt if and only if it is copied: {record}"
         )
 
 
-def folded(text: str) -> str:
+def normalize(text: str) -> str:
     return re.sub(r"\s+", " ", text).lower()
 
 

@@ -1,19 +1,20 @@
-"""Compose claims prose for pretraining the tiny Phi: notices with short questions, loose sentences, files, drills.
+"""Compose claims prose to pretrain the tiny Phi: notices with short questions, loose sentences, files, drills.
 
-    scripts/claims/ -> OUTPUT_DIR/claims_{questions,sentences,files,guides,drills}.txt, documents apart by <|endoftext|>
+    scripts/claims/ -> OUTPUT_DIR/claims_{questions,sentences,files,guides,drills}.txt, documents between <|endoftext|>
 
     python scripts/build_claims_prose.py --output_dir build/prose
-    python scripts/build_claims_prose.py --whole --output_dir build/prose-whole    requests with their whole answers
-    python scripts/build_claims_prose.py --whole --among CORPUS_DIR --output_dir build/prose-retold    retold, too
+    python scripts/build_claims_prose.py --whole --output_dir build/prose-whole    requests with their whole responses
+    python scripts/build_claims_prose.py --whole --among CORPUS_DIR --output_dir build/prose-retold    and retold ones
 
-It is made of the training scenarios alone: none of validation or test, no gold record, never the instruction template.
-Names, numbers and dates are drawn anew in each document, so that the only way to foretell one in an answer is to look
-it up in the notice. Most documents ask for many such values in few words, with few whole answers: those come last, by
---whole, where a file goes on from request to request. To answer one in the template and stop is left to fine-tuning.
+It uses the training scenarios only: none of validation or test, no gold record, never the instruction template. Names,
+numbers and dates are drawn for each document, so the only way to predict one in a response is to look it up in the
+notice. Most documents ask for many such values in few words and have few whole responses. Those come last, with
+--whole, where a file contains several requests. To respond to one in the template and stop is left to fine-tuning.
 
-People do not write as a program does. With --among a quarter of the requests are told in pieces and in any order, among
-sentences of foreign text, with values missing, or about a service and a fact that no file here knows. The answer names
-what was told and speaks of the rest in general words: a strange request gets a plain answer, not an invented one.
+People do not write like a program. With --among, a quarter of the requests are told in pieces and in any order, among
+sentences of foreign text, with values missing, or about a service and a fact that no file here has. The response names
+what the request contains and speaks of the rest in general terms, so that an unusual request gets a plain response
+instead of an invented one.
 """
 
 import argparse
@@ -28,19 +29,19 @@ from claims.compose import (
     FORMS,
     PROMPTS,
     Category,
-    compose_answer,
+    apply_tone,
+    compose_response,
     fill_values,
-    in_some_tone,
     load_categories,
     scenarios_of,
 )
 from claims.world import KINDS, Kind, capitalized, draw_values, in_dollars, in_words, people_of
 
 Scenario = tuple[Category, Category, Kind]  # category, case, kind of plan
-# Of the characters.
-SHARES = {"questions": 0.45, "sentences": 0.25, "files": 0.1, "guides": 0.05, "drills": 0.15}
-WHOLE_SHARES = {"questions": 0.12, "requests": 0.74, "sorted": 0.06, "guides": 0.04, "drills": 0.04}
-AMONG_SHARES = {"questions": 0.08, "requests": 0.56, "retold": 0.26, "sorted": 0.04, "guides": 0.03, "drills": 0.03}
+# Kind of document -> fraction of the characters.
+MIX = {"questions": 0.45, "sentences": 0.25, "files": 0.1, "guides": 0.05, "drills": 0.15}
+WHOLE_MIX = {"questions": 0.12, "requests": 0.74, "sorted": 0.06, "guides": 0.04, "drills": 0.04}
+AMONG_MIX = {"questions": 0.08, "requests": 0.56, "retold": 0.26, "sorted": 0.04, "guides": 0.03, "drills": 0.03}
 
 HEADS = {
     "explain": (
@@ -66,7 +67,7 @@ RECAPS = (
     "{member}, {id}. {plan}. {service}. Reference {claim}. Dated {notice_date}.",
     "Last day: {deadline}, which is {days} days from {notice_date}. File {claim}, {plan}.",
 )
-# What stands before a request, and before its answer.
+# Text before a request, and before its response.
 REQUESTS = (
     ("", ""),
     ("Q: ", "A: "),
@@ -142,8 +143,8 @@ SUM_QUESTIONS = {
     ),
 }
 SIGNS = (("Q: ", "\nA: "), ("- ", " "), ("", "\n"), ("Asked: ", " Answered: "), ("> ", "\n"), ("", " "))
-# How a value is told by someone in their own words, and what an answer says where nobody told it.
-TOLD = {
+# How someone states a value in their own words, and what a response says where the request does not state it.
+STATED = {
     "plan": ("{plan}", "from {plan}", "we have {plan}", "{plan} said no", "this is {plan} again", "Insurer: {plan}"),
     "claim": ("claim {claim}", "number {claim}", "ref. {claim}", "{claim}", "their number is {claim}", "#{claim}"),
     "member": ("I'm {member}", "for {member}", "Name: {member}", "{member} here", "it is about {member}", "{member}"),
@@ -155,7 +156,7 @@ TOLD = {
     "limit": ("{limit}", "at the bottom: {limit}", "it also says: {limit}"),
     "amount": ("billed {amount}", "they want {amount} from me", "{amount} in all"),
 }
-UNTOLD = {
+UNSTATED = {
     "plan": "the insurer",
     "claim": "the claim",
     "member": "the member",
@@ -163,7 +164,7 @@ UNTOLD = {
     "notice_date": "the date of the notice",
     "deadline": "the last day in the notice",
 }
-STRANGE_DOCUMENT = "record that shows it"  # where the case is none that the files know
+UNKNOWN_DOCUMENT = "record that shows it"  # for a case that is in no file
 PLAIN_ASKS = {
     "explain": (
         "Why did they say no, and what now?",
@@ -230,7 +231,7 @@ def write_questions(rng: random.Random, scenarios: list[Scenario]) -> str:
 def write_notice(
     rng: random.Random, scenarios: list[Scenario]
 ) -> tuple[Category, Kind, str, dict[str, str], str, bool]:
-    """What came in about one claim: a notice in some layout, or its story as told in one breath.
+    """The notice of one claim, in one of the layouts, or its story in one paragraph.
 
     Returns:
         Category, kind of plan, a form, the values of all slots, the text, and whether it shows sums.
@@ -248,9 +249,11 @@ def write_notice(
 
 
 def write_sentences(rng: random.Random, scenarios: list[Scenario]) -> str:
-    """A notice, then loose sentences about it in no order, from answers of every form."""
+    """A notice, then loose sentences about it in no order, from responses of every form."""
     category, kind, _, values, came_in, _ = write_notice(rng, scenarios)
-    moves = [move for form in FORMS for skeleton in category["answers"][form] for move in skeleton if move != "@rights"]
+    moves = [
+        move for form in FORMS for skeleton in category["responses"][form] for move in skeleton if move != "@rights"
+    ]
     chosen = [kind.rights, *rng.sample(moves, rng.randint(3, 6))]
     rng.shuffle(chosen)
     heading = rng.choice(("Phrases", "Pieces for later", "To choose from", "Cuttings")) + rng.choice((":", ""))
@@ -259,10 +262,10 @@ def write_sentences(rng: random.Random, scenarios: list[Scenario]) -> str:
 
 
 def write_file(rng: random.Random, scenarios: list[Scenario]) -> str:
-    """The file of one claim: what came in, what was written about it, and an index card, in one order or another."""
+    """The file of one claim: the notice, a response, and an index card, in one of three orders."""
     category, kind, form, values, came_in, shows_sums = write_notice(rng, scenarios)
-    number = rng.randrange(len(category["answers"][form]))
-    answer = compose_answer(rng, category, kind, form, number, values, shows_sums and form == "explain")
+    number = rng.randrange(len(category["responses"][form]))
+    answer = compose_response(rng, category, kind, form, number, values, shows_sums and form == "explain")
     written = rng.choice(HEADS[form]).format(**values) + answer
     recap = rng.choice(RECAPS).format(**values)
     orders = ([came_in, written, recap], [recap, came_in, written], [came_in, recap, written])
@@ -270,17 +273,17 @@ def write_file(rng: random.Random, scenarios: list[Scenario]) -> str:
 
 
 def write_requests(rng: random.Random, scenarios: list[Scenario]) -> str:
-    """What came in about one claim, what was asked for about it, one thing after another, and what was written."""
+    """The notice of one claim, then one to three requests about it, each with its response."""
     category, kind, _, values, came_in, shows_sums = write_notice(rng, scenarios)
     before_ask, before_answer = rng.choice(REQUESTS)
     between = rng.choice(("\n", "\n\n"))
     parts = []
     for form in rng.sample(FORMS, rng.choice((1, 2, 2, 3, 3))):
-        parts.append(before_ask + in_some_tone(rng, rng.choice(category["asks"][form])))
-        number = rng.randrange(len(category["answers"][form]))
-        own = values | {"doctor": values["my doctor" if form == "draft" else "your doctor"]}
-        own["Doctor"] = capitalized(own["doctor"])
-        answer = compose_answer(rng, category, kind, form, number, own, shows_sums and form == "explain")
+        parts.append(before_ask + apply_tone(rng, rng.choice(category["asks"][form])))
+        number = rng.randrange(len(category["responses"][form]))
+        slots = values | {"doctor": values["my doctor" if form == "draft" else "your doctor"]}
+        slots["Doctor"] = capitalized(slots["doctor"])
+        answer = compose_response(rng, category, kind, form, number, slots, shows_sums and form == "explain")
         parts.append(before_answer + answer)
     parts.insert(rng.choice((0, 1)), came_in)  # before the first request, or after it
     if rng.random() < 0.3:
@@ -289,77 +292,79 @@ def write_requests(rng: random.Random, scenarios: list[Scenario]) -> str:
 
 
 def write_retold(rng: random.Random, scenarios: list[Scenario], foreign: list[str]) -> str:
-    """A request in somebody's own words, in pieces among `foreign` sentences, and an answer that invents nothing."""
+    """A request in somebody's own words, in pieces among `foreign` sentences, and a response that invents nothing."""
     category, case, kind = rng.choice(scenarios)
     person, form = rng.choice(people_of(category["line"])), rng.choice(FORMS)
-    if rng.random() < 0.5:  # a case that no file knows: its service and its fact are whatever was said
-        case = {"service": some_words(rng, foreign, 1, 3), "fact": some_words(rng, foreign, 5, 14)}
-        case["document"] = STRANGE_DOCUMENT
+    if rng.random() < 0.5:  # a case of no file: its service and its fact are random words
+        case = {"service": random_words(rng, foreign, 1, 3), "fact": random_words(rng, foreign, 5, 14)}
+        case["document"] = UNKNOWN_DOCUMENT
     values = fill_values(rng, category, case, kind, person, form)
-    untold = {slot for slot in ("plan", "claim", "member", "id", "notice_date") if rng.random() < 0.25}
-    told = [slot for slot in TOLD if slot not in untold and values[slot] and (slot != "amount" or rng.random() < 0.3)]
-    pieces = [rng.choice(TOLD[slot]).format(**values) for slot in rng.sample(told, len(told))]
+    unstated = {slot for slot in ("plan", "claim", "member", "id", "notice_date") if rng.random() < 0.25}
+    stated = [
+        slot for slot in STATED if slot not in unstated and values[slot] and (slot != "amount" or rng.random() < 0.3)
+    ]
+    pieces = [rng.choice(STATED[slot]).format(**values) for slot in rng.sample(stated, len(stated))]
     ask = rng.choice(PLAIN_ASKS[form] if rng.random() < 0.4 else category["asks"][form])
-    pieces.insert(rng.choice((0, len(pieces), rng.randint(0, len(pieces)))), in_some_tone(rng, ask))
+    pieces.insert(rng.choice((0, len(pieces), rng.randint(0, len(pieces)))), apply_tone(rng, ask))
     for _ in range(rng.choice((0, 0, 1, 2, 3, 5))):
         pieces.insert(rng.randint(0, len(pieces)), rng.choice(foreign))
     join = rng.choice(JOINS)
     came_in = "".join(piece + (rng.choice(JOINS) if rng.random() < 0.3 else join) for piece in pieces).strip()
-    if "notice_date" in untold:
-        untold.add("deadline")
-    general = {slot: UNTOLD[slot] for slot in untold}
+    if "notice_date" in unstated:
+        unstated.add("deadline")
+    general = {slot: UNSTATED[slot] for slot in unstated}
     values |= general | {capitalized(slot): capitalized(text) for slot, text in general.items()}
     values["signer"] = person.signer.format(**values)
-    number = rng.randrange(len(category["answers"][form]))
+    number = rng.randrange(len(category["responses"][form]))
     before_ask, before_answer = rng.choice(REQUESTS)
-    answer = compose_answer(rng, category, kind, form, number, values, with_sums=False)
+    answer = compose_response(rng, category, kind, form, number, values, with_sums=False)
     return before_ask + came_in + rng.choice(("\n", "\n\n")) + before_answer + answer
 
 
-def some_words(rng: random.Random, foreign: list[str], least: int, most: int) -> str:
-    """A run of words from somewhere in a sentence, without its stops."""
+def random_words(rng: random.Random, foreign: list[str], minimum: int, maximum: int) -> str:
+    """Some consecutive words of a sentence, without punctuation."""
     words = re.findall(r"[\w'-]+", rng.choice(foreign))
-    start = rng.randrange(max(1, len(words) - most))
-    return " ".join(words[start : start + rng.randint(least, most)]).lower()
+    start = rng.randrange(max(1, len(words) - maximum))
+    return " ".join(words[start : start + rng.randint(minimum, maximum)]).lower()
 
 
 def sentences_of(folder: Path) -> list[str]:
     """The sentences of 5 to 30 words of the folder's *.txt, in the order of the files."""
-    found = (
+    sentences = (
         sentence
         for path in sorted(folder.glob("*.txt"))
         for line in path.read_text(encoding="utf-8").splitlines()
         for sentence in re.split(r"(?<=[.?!]) +", line.strip())
     )
-    kept = [s for s in found if 5 <= len(s.split()) <= 30 and re.search(r"[a-z]{3}", s) and "<|" not in s]
-    if not kept:
+    usable = [s for s in sentences if 5 <= len(s.split()) <= 30 and re.search(r"[a-z]{3}", s) and "<|" not in s]
+    if not usable:
         raise FileNotFoundError(f"{folder} holds no *.txt with sentences. Give --among a folder of text files.")
-    return kept
+    return usable
 
 
 def write_sorted(rng: random.Random, scenarios: list[Scenario]) -> str:
-    """Requests as they came in, each with what it wants and what it is about."""
+    """A list of requests, each with its form and its category."""
     lines = [rng.choice(("Mail, sorted", "Who gets what", "Requests of today"))]
     pattern = rng.choice(
         ("{ask} ({wanted}; {name})", "{wanted}, {name}: {ask}", "{ask}\n   wants {wanted}", "{wanted} | {ask}")
     )
     for _ in range(rng.randint(8, 14)):
         category, form = rng.choice(scenarios)[0], rng.choice(FORMS)
-        ask = in_some_tone(rng, rng.choice(category["asks"][form]))
+        ask = apply_tone(rng, rng.choice(category["asks"][form]))
         lines.append(pattern.format(ask=ask, wanted=WANTED[form], name=category["name"]))
     return "\n".join(lines)
 
 
 def write_guide(rng: random.Random, scenarios: list[Scenario]) -> str:
-    """What is known of one kind of denial: its papers, case by case, and the words that matter."""
+    """Notes on one category: the documents of its cases, and its facts."""
     category = rng.choice(scenarios)[0]
-    own = [(case, kind) for other, case, kind in scenarios if other["name"] == category["name"]]
+    pairs = [(case, kind) for other, case, kind in scenarios if other["name"] == category["name"]]
     lines = [f"Notes on {category['name']}, for new colleagues"]
-    for case, kind in rng.sample(own, min(4, len(own))):
+    for case, kind in rng.sample(pairs, min(4, len(pairs))):
         form = rng.choice(FORMS)
         values = fill_values(rng, category, case, kind, rng.choice(people_of(category["line"])), form)
         lines.append(rng.choice(GUIDES).format(**values))
-        moves = [move for move in rng.choice(category["answers"][form]) if move != "@rights"]
+        moves = [move for move in rng.choice(category["responses"][form]) if move != "@rights"]
         lines.append(rng.choice(rng.choice(moves)).format(**values))
     form = rng.choice(FORMS)
     facts = category["facts"][form]
@@ -368,7 +373,7 @@ def write_guide(rng: random.Random, scenarios: list[Scenario]) -> str:
 
 
 def write_drill(rng: random.Random, scenarios: list[Scenario]) -> str:
-    """A page of a deadline calendar, of an account, or of a list of numbers that comes again; of no scenario."""
+    """A page of a deadline calendar, of an account, or of a list that repeats its numbers; of no scenario."""
     subject = rng.choice(("days", "days", "days", "sums", "numbers", "numbers"))
     if subject == "days":
         days = rng.choice((30, 45, 60, 60, 65, 90, 180, 180))
@@ -388,7 +393,7 @@ def write_drill(rng: random.Random, scenarios: list[Scenario]) -> str:
         pattern = rng.choice(NUMBERS)
         lines = []
         for heading in ("Received today", "Called back", "Closed"):
-            lines += [heading, *(pattern.format(**some) for some in rng.sample(values, len(values))), ""]
+            lines += [heading, *(pattern.format(**slots) for slots in rng.sample(values, len(values))), ""]
         lines.pop()
     return "\n".join(lines)
 
@@ -409,14 +414,16 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("build/prose"))
     parser.add_argument("--megabytes", type=float, default=80.0)
     parser.add_argument(
-        "--whole", action="store_true", help="mostly requests, each with its whole answer: the end of training"
+        "--whole", action="store_true", help="mostly requests with their whole responses: the end of training"
     )
     parser.add_argument("--among", type=Path, help="with --whole: a folder of *.txt, for requests among its sentences")
-    parser.add_argument("--seed", type=int, default=0, help="that of the corpus: it decides which scenarios train")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of build_claims.py: it decides which scenarios are training scenarios"
+    )
     args = parser.parse_args()
     if args.among and not args.whole:
-        parser.error("--among goes with --whole")
-    shares = AMONG_SHARES if args.among else WHOLE_SHARES if args.whole else SHARES
+        parser.error("--among: needs --whole")
+    mix = AMONG_MIX if args.among else WHOLE_MIX if args.whole else MIX
     writers = WRITERS | (
         {"retold": functools.partial(write_retold, foreign=sentences_of(args.among))} if args.among else {}
     )
@@ -427,11 +434,11 @@ def main() -> None:
         for category in load_categories()
         for case, kind in scenarios_of(category, args.seed)["train"]
     ]
-    for name, share in shares.items():
+    for name, fraction in mix.items():
         writer, rng = writers[name], random.Random(f"{args.seed} {name}{stage}")
         documents: list[str] = []
         size = 0
-        while size < args.megabytes * 1e6 * share:
+        while size < args.megabytes * 1e6 * fraction:
             documents.append(writer(rng, scenarios))
             size += len(documents[-1])
         path = args.output_dir / f"claims_{name}.txt"

@@ -1,4 +1,4 @@
-"""Build the packaged tiny Phi: train a tokenizer and a Phi of a few million parameters on folders of prose.
+"""Build the packaged tiny Phi: train a tokenizer and a Phi of a few million parameters on folders of text.
 
     FOLDER/*.txt -> documents -> byte-level BPE -> windows of tokens -> PhiForCausalLM -> --output_dir
 
@@ -13,15 +13,15 @@
     python scripts/build_tiny_phi.py --corpus CORPUS_DIR build/prose-retold --steps 3200 --start_from build/stage3 \
         --learning_rate 5e-3 --work_dir build/tiny-phi-4
 
-In:  any folders of UTF-8 *.txt. Documents stand apart by a line <|endoftext|> or, in a file without one, by an
-     empty line before a line that is not indented (as MedQuAD is laid out: question, answer, empty line).
+In:  any folders of UTF-8 *.txt. Documents are separated by a line <|endoftext|> or, in a file without one, by an
+     empty line before a line that is not indented (the layout of MedQuAD: question, answer, empty line).
 Out: a folder in Hugging Face form (config, bfloat16 safetensors, tokenizer, model card), rewritten at every
-     checkpoint so that a half-trained model can already be used.
+     checkpoint, so that a half-trained model can be used.
 
-The result depends on the corpus and the arguments alone (on one machine, with one number of threads). A run
-that was stopped goes on from its checkpoint in --work_dir when started again with the same arguments.
-A window begins where a document does and holds what follows, each document seen by itself alone; the end token
-between them teaches the model where a text stops. Two cores with bfloat16 products train on about 6,300 tokens/s.
+The result depends only on the corpus and the arguments (on one machine, with one number of threads). A run that was
+stopped continues from its checkpoint in --work_dir when it is started with the same arguments. A window begins at the
+start of a document and continues with the next ones; attention stays inside a document. The end token between them
+teaches the model where a text stops. Two cores with bfloat16 matmuls train on about 6,300 tokens/s.
 """
 
 import argparse
@@ -41,22 +41,22 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (as everyone writes it)
+from torch.nn import functional as F  # noqa: N812 the name in torch's own documentation
 from transformers import AttentionInterface, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from transformers.masking_utils import AttentionMaskInterface
 
 END, END_ID = "<|endoftext|>", 0
 VOCAB_SIZE = 4096
 WINDOW = 1024  # tokens; the longest context trained on, and max_position_embeddings
-# A step cuts its windows to one of these lengths, in turn: short is cheap, long teaches far positions.
+# A step cuts its windows to the next of these lengths: short ones are cheap, long ones teach far positions.
 CONTEXT_LENGTHS = (512, 512, 512, 512, 512, 1024)
 TOKENS_PER_STEP = 4096
-QUERY_BLOCK = 128  # queries whose attention is worked out at a time
-HELD_OUT_LENGTH = 512  # tokens of a held-out document that count
+QUERY_BLOCK = 128  # queries whose attention is computed at a time
+HELD_OUT_LENGTH = 512  # tokens of a held-out document, from its first, whose loss is measured
 PEAK_LEARNING_RATE, FINAL_FRACTION, WARMUP_STEPS = 8e-3, 0.05, 100
 
 CC0 = "CC0 1.0 Universal (CC0 1.0) Public Domain Dedication"
-# File name up to its first "_" or "." -> source and licence as the model card names them.
+# File name up to its first "_" or "." -> source and licence, as the model card states them.
 SOURCES = {
     "medquad": "MedQuAD, questions answered on web sites of the US National Institutes of Health (NIH) | "
     "Creative Commons Attribution 4.0 International (CC BY 4.0), attribution below",
@@ -75,14 +75,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, nargs="+", help="folders of *.txt")
     parser.add_argument("--steps", type=int, required=True, help=f"steps of {TOKENS_PER_STEP} tokens")
-    parser.add_argument("--start_from", type=Path, help="a folder written before: its weights, shape and tokenizer")
+    parser.add_argument(
+        "--start_from", type=Path, help="a folder that this program wrote: take its weights, sizes and tokenizer"
+    )
     parser.add_argument("--learning_rate", type=float, default=PEAK_LEARNING_RATE, help="the peak")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of windows")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--output_dir", type=Path, default=Path("lit_phi2/assets/tiny-phi"))
-    parser.add_argument("--work_dir", type=Path, default=Path("build/tiny-phi"), help="cache, checkpoint")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("build/tiny-phi"), help="for the cache and the checkpoint"
+    )
     parser.add_argument("--eval_every", type=int, default=800, help="steps between held-out losses")
     parser.add_argument("--save_minutes", type=float, default=10.0, help="minutes between checkpoints")
     parser.add_argument("--threads", type=int, default=2)
@@ -95,21 +99,21 @@ def main() -> None:
 
 
 def load_or_tokenize(corpus: list[Path], work_dir: Path, start_from: Path | None) -> dict[str, Any]:
-    """The corpus as tokens; from the cache in `work_dir` if texts and layout are still the same.
+    """The corpus as tokens; from the cache in `work_dir` if texts and windows have not changed.
 
     Returns:
         train, held_out: (N,) int64, documents with END after each. Exact copies are dropped, then a document
-            is held out if its hash is a multiple of 200, whatever the others are.
+            is held out if its hash is a multiple of 200, independently of the others.
         held_out_bytes: UTF-8 bytes of the held-out documents.
         files: (name, documents, bytes) per file.
         tokenizer: as JSON; trained without the held-out documents, or that of `start_from`.
-        fingerprint: of the texts and the layout.
+        fingerprint: of the texts and the window lengths.
     """
     paths = []
     for folder in corpus:
-        if not (found := sorted(folder.glob("*.txt"))):
+        if not (texts_in_folder := sorted(folder.glob("*.txt"))):
             raise FileNotFoundError(f"{folder} holds no *.txt. Give --corpus folders of text files.")
-        paths += found
+        paths += texts_in_folder
     hasher = hashlib.sha256(f"{VOCAB_SIZE} {WINDOW} {CONTEXT_LENGTHS}".encode())
     for path in paths:
         hasher.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -125,26 +129,26 @@ def load_or_tokenize(corpus: list[Path], work_dir: Path, start_from: Path | None
         files.append((path.name, len(texts), path.stat().st_size))
         for text in texts:
             documents[text] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 200 == 0
-    kept = [text for text, is_held_out in documents.items() if not is_held_out]
-    held_out = [text for text, is_held_out in documents.items() if is_held_out]
-    tokenizer = Tokenizer.from_file(str(start_from / "tokenizer.json")) if start_from else train_tokenizer(kept)
+    train_texts = [text for text, is_held_out in documents.items() if not is_held_out]
+    held_out_texts = [text for text, is_held_out in documents.items() if is_held_out]
+    tokenizer = Tokenizer.from_file(str(start_from / "tokenizer.json")) if start_from else train_tokenizer(train_texts)
     data = {
-        "train": encode(kept, tokenizer),
-        "held_out": encode(held_out, tokenizer),
-        "held_out_bytes": sum(len(text.encode()) for text in held_out),
+        "train": encode(train_texts, tokenizer),
+        "held_out": encode(held_out_texts, tokenizer),
+        "held_out_bytes": sum(len(text.encode()) for text in held_out_texts),
         "files": files,
         "tokenizer": tokenizer.to_str(),
         "fingerprint": fingerprint,
     }
-    for part, least in (("train", 2 * TOKENS_PER_STEP), ("held_out", HELD_OUT_LENGTH + 1)):
-        if len(data[part]) < least:
-            raise ValueError(f"{paths}: {len(data[part])} {part} tokens, at least {least} are needed. Add text.")
-    save_whole(data, cache)
+    for part, minimum in (("train", 2 * TOKENS_PER_STEP), ("held_out", HELD_OUT_LENGTH + 1)):
+        if len(data[part]) < minimum:
+            raise ValueError(f"{paths}: {len(data[part])} {part} tokens, at least {minimum} are needed. Add text.")
+    save_atomically(data, cache)
     return data
 
 
 def split_documents(text: str) -> list[str]:
-    r"""The documents of one file; white space around line ends is dropped.
+    r"""The documents of one file, without white space around line ends.
 
     >>> split_documents("one\n<|endoftext|>\ntwo\n\nstill two\n")
     ['one', 'two\n\nstill two']
@@ -153,23 +157,23 @@ def split_documents(text: str) -> list[str]:
     """
     end_line = rf"(?m)^{re.escape(END)}$"
     parts = re.split(end_line if re.search(end_line, text) else r"\n\n+(?=\S)", text)
-    tidy = (re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]*\n[ \t]*", "\n", part)).strip() for part in parts)
-    return [document for document in tidy if document]
+    stripped = (re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]*\n[ \t]*", "\n", part)).strip() for part in parts)
+    return [document for document in stripped if document]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE in which a number or a name is the same tokens wherever it stands, so that it can be looked up.
+    """Byte-level BPE in which a number or a name has the same tokens in every place, so that it can be looked up.
 
-    The space before a digit or a capital is a token of its own. Digits are cut two by two, so that a day of the month
-    is one token.
+    The space before a digit or a capital is a separate token. Digits are split in pairs, so that a day of the month is
+    one token.
     """
     tokenizer = Tokenizer(BPE())
-    apart = Regex(r"[0-9]{1,2}|(?<![A-Za-z])[A-Z]{1,3}(?=-?[0-9])| (?=[A-Z0-9])")
+    separate = Regex(r"[0-9]{1,2}|(?<![A-Za-z])[A-Z]{1,3}(?=-?[0-9])| (?=[A-Z0-9])")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(apart, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(separate, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, so that no text is out of vocabulary
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, so that every text can be encoded
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
@@ -186,25 +190,25 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
     """Train up to `args.steps`, from the checkpoint if there is one, and write the output folder."""
     model = new_model(args)
     optimizers = new_optimizers(model)
-    identity = {key: getattr(args, key) for key in ("steps", "seed", "eval_every", "layers", "width", "heads")}
-    identity["data"] = data["fingerprint"]
+    fingerprint = {key: getattr(args, key) for key in ("steps", "seed", "eval_every", "layers", "width", "heads")}
+    fingerprint["data"] = data["fingerprint"]
     if args.start_from:
-        identity |= {"start_from": str(args.start_from), "learning_rate": args.learning_rate}
+        fingerprint |= {"start_from": str(args.start_from), "learning_rate": args.learning_rate}
     checkpoint_path = args.work_dir / "checkpoint.pt"
     first, nats = 0, 0.0
     curve: list[tuple[int, float, float]] = []  # step, mean training loss since the last row, held-out loss
     if checkpoint_path.exists():
         state = torch.load(checkpoint_path)
-        if state["identity"] != identity:
+        if state["fingerprint"] != fingerprint:
             raise ValueError(
-                f"{checkpoint_path} is of a run with {state['identity']}, but this one has {identity}. "
-                "Give the same arguments to go on with it, or another --work_dir to start afresh."
+                f"{checkpoint_path} is of a run with {state['fingerprint']}, but this one has {fingerprint}. "
+                "Give the same arguments to continue it, or another --work_dir to start a new one."
             )
         model.load_state_dict(state["model"])
-        for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
         first, nats, curve = state["step"], state["nats"], state["curve"]
-        print(f"going on from step {first}", flush=True)
+        print(f"continuing from step {first}", flush=True)
 
     starts = window_starts(data["train"])
     saved_at = reported_at = time.monotonic()
@@ -227,19 +231,19 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
             nats = 0.0
             print(f"step {done:5d}  train {curve[-1][1]:.4f}  held out {curve[-1][2]:.4f}", flush=True)
         if done == args.steps or time.monotonic() - saved_at > 60 * args.save_minutes:
-            state = {"identity": identity, "step": done, "nats": nats, "curve": curve}
+            state = {"fingerprint": fingerprint, "step": done, "nats": nats, "curve": curve}
             state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            save_whole(state, checkpoint_path)
+            save_atomically(state, checkpoint_path)
             write_asset(args, model, data, done, curve)
             saved_at = time.monotonic()
-    if first >= args.steps:  # trained before: write the folder again, for a card of today's wording
+    if first >= args.steps:  # already trained: write the folder again, with the current text of the card
         write_asset(args, model, data, first, curve)
 
 
 def new_optimizers(model: PhiForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embedding, head, norms and biases; at one learning rate.
+    """Muon for the matrices inside the layers, AdamW for embedding, head, norms and biases, at one learning rate.
 
-    Muon (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks") is scaled to AdamW's size of step.
+    Muon (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks") is scaled to the step size of AdamW.
     """
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     outside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." not in name]
@@ -252,7 +256,7 @@ def new_optimizers(model: PhiForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def new_model(args: argparse.Namespace) -> PhiForCausalLM:
-    """Random Phi: half of each head rotary, no dropout; attention and GELU sped up."""
+    """A random Phi: half of each head is rotary, no dropout, with faster attention and GELU."""
     torch.manual_seed(args.seed)
     config = PhiConfig(
         vocab_size=VOCAB_SIZE,
@@ -271,7 +275,7 @@ def new_model(args: argparse.Namespace) -> PhiForCausalLM:
     AttentionMaskInterface.register("causal_blocks", lambda *_, **__: None)
     model.set_attn_implementation("causal_blocks")
     for layer in model.model.layers:
-        layer.mlp.activation_fn = nn.GELU(approximate="tanh")  # gelu_new in one pass instead of six
+        layer.mlp.activation_fn = nn.GELU(approximate="tanh")  # gelu_new in one pass over memory instead of six
     if not start:
         plant_copying(model)
     return model.train()
@@ -279,25 +283,25 @@ def new_model(args: argparse.Namespace) -> PhiForCausalLM:
 
 @torch.no_grad()
 def plant_copying(model: PhiForCausalLM) -> None:
-    """Start with an induction circuit, which finds what followed a token before and says it again.
+    """Initialize an induction circuit, which finds what followed the same token earlier and predicts it again.
 
-    Without it, no copying had formed after 7 M tokens: a list that comes twice was no more foreseeable the second time.
-    The circuit is that of Olsson et al. 2022, "In-context Learning and Induction Heads", in half the heads of the
-    first two layers; training does with it what it likes.
+    Without it, no copying had formed after 7 M tokens: the second copy of a list was not easier to predict than the
+    first. The circuit is that of Olsson et al. 2022, "In-context Learning and Induction Heads", in half the heads of
+    the first two layers; training may change all of it.
 
-        layer 0   attends one token back, by position alone (its biases), and writes down a projection A of that token
-        layer 1   looks for places where A of the token before is A of the token here; writes B of the token there
-        layer 2.. write B of what they attend to, but where they look is left to training
-        output    reads B: the rows of lm_head begin as B of their tokens
+        layer 0   attends to the previous token by position alone (its biases) and writes a projection A of it
+        layer 1   attends to positions whose previous token has the A of the current token; writes B of their token
+        layer 2.. write B of what they attend to; training decides to what
+        output    reads B: the rows of lm_head are initialized to B of their tokens
     """
     width, head = model.config.hidden_size, model.config.hidden_size // model.config.num_attention_heads
     rotary = head // 2
     angles = 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
     sharpness = math.sqrt(16 * math.sqrt(head))  # a score of 16 per frequency, where the distance is one
     embedding = model.model.embed_tokens.weight
-    embedding.mul_(0.5 / embedding.std())  # or what layer 0 adds would drown it
+    embedding.mul_(0.5 / embedding.std())  # or the output of layer 0 would dominate it
     first, second = (layer.self_attn for layer in model.model.layers[:2])
-    said = torch.zeros_like(embedding)
+    output_rows = torch.zeros_like(embedding)
     for number in range(model.config.num_attention_heads // 2):
         rows, half = slice(number * head, (number + 1) * head), slice(number * head, number * head + rotary)
         rest = slice(number * head + rotary, (number + 1) * head)  # the part without positions
@@ -309,10 +313,10 @@ def plant_copying(model: PhiForCausalLM) -> None:
         second.q_proj.weight[rest] = 2.45 * a[:, : head - rotary].T
         second.k_proj.weight[rest] = 2.45 * written[:, : head - rotary].T
         second.v_proj.weight[rows], second.dense.weight[:, rows] = b.T, 2.0 * out
-        said += embedding @ b @ out.T
+        output_rows += embedding @ b @ out.T
         for layer in model.model.layers[2:]:
             layer.self_attn.v_proj.weight[rows], layer.self_attn.dense.weight[:, rows] = b.T, out
-    model.lm_head.weight.copy_(said / said.norm(dim=1, keepdim=True))
+    model.lm_head.weight.copy_(output_rows / output_rows.norm(dim=1, keepdim=True))
 
 
 def causal_attention(
@@ -326,13 +330,13 @@ def causal_attention(
     blocks: list[Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention by batched products, QUERY_BLOCK queries at a time against the keys up to them.
+    """Causal attention with batched matmuls, QUERY_BLOCK queries at a time against the keys up to them.
 
     On CPU at 256 to 1024 positions it takes about half the time of the flash kernel, whose backward is slow.
 
     Args:
         query, key, value: (B, heads, T, width).
-        blocks: of `blocks_of`, where rows hold several documents.
+        blocks: of `blocks_of`, if rows contain several documents.
 
     Returns:
         (B, T, heads, width), and no attention weights.
@@ -346,14 +350,14 @@ def causal_attention(
             block = blocks[number]
         else:
             block = torch.full((1, end - start, end), float("-inf"), dtype=query.dtype).triu(start + 1)
-        with torch.autocast("cpu", enabled=False):  # or softmax would be cast to float32
+        with torch.autocast("cpu", enabled=False):  # it would cast softmax to float32
             scores = torch.baddbmm(block, query[:, start:end], key[:, :end].transpose(1, 2))
             outputs.append(torch.bmm(scores.softmax(-1), value[:, :end]))
     return torch.cat(outputs, dim=1).view(batch, heads, length, width).transpose(1, 2), None
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to FINAL_FRACTION."""
+    """Fraction of the peak learning rate: linear warm-up, then a cosine down to FINAL_FRACTION."""
     warmup = min(WARMUP_STEPS, max(1, steps // 10))
     if step < warmup:
         return (step + 1) / warmup
@@ -364,7 +368,7 @@ def schedule(step: int, steps: int) -> float:
 def windows_of_step(ids: Tensor, starts: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
     """Inputs and their next tokens at a step, both (B, T) with T from CONTEXT_LENGTHS.
 
-    Each window begins at one of `starts`, in an order drawn anew for each pass over them.
+    Each window begins at one of `starts`, in an order that is drawn for each pass over them.
     """
     length = CONTEXT_LENGTHS[step % len(CONTEXT_LENGTHS)]
     per_step = TOKENS_PER_STEP // min(CONTEXT_LENGTHS)
@@ -377,9 +381,9 @@ def windows_of_step(ids: Tensor, starts: Tensor, step: int, seed: int) -> tuple[
 
 
 def window_starts(ids: Tensor) -> Tensor:
-    """(N,) places in `ids` where a document begins, or where one longer than that has gone on for WINDOW tokens.
+    """(N,) positions in `ids` where a document begins, and every WINDOW tokens inside a longer one.
 
-    So the beginning of a document, to which its end looks back, is in the window, or the document is a long one.
+    So a window contains the beginning of a document, which its end attends to, unless the document is long.
     """
     ends = torch.nonzero(ids == END_ID).flatten()
     begins = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1] + 1])
@@ -390,19 +394,21 @@ def window_starts(ids: Tensor) -> Tensor:
 
 
 def blocks_of(inputs: Tensor, heads: int) -> list[Tensor]:
-    """What is added to the scores of (B, T) inputs, so that each token sees its own document up to itself.
+    """The mask that is added to the scores of (B, T) inputs: each token attends to its own document up to itself.
 
     Returns:
         For each QUERY_BLOCK queries, (B * heads, queries, keys up to the last of them) of 0 and -inf.
     """
     document = (inputs == END_ID).cumsum(1) - (inputs == END_ID).long()
     length = inputs.shape[1]
-    place = torch.arange(length)
+    position = torch.arange(length)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
-        seen = (document[:, start:end, None] == document[:, None, :end]) & (place[start:end, None] >= place[:end])
-        block = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, float("-inf"))
+        visible = (document[:, start:end, None] == document[:, None, :end]) & (
+            position[start:end, None] >= position[:end]
+        )
+        block = torch.zeros(visible.shape, dtype=torch.bfloat16).masked_fill_(~visible, float("-inf"))
         blocks.append(block.repeat_interleave(heads, 0))
     return blocks
 
@@ -414,9 +420,9 @@ def backward(model: PhiForCausalLM, inputs: Tensor, targets: Tensor) -> float:
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=inputs, use_cache=False, blocks=blocks).last_hidden_state
         leaf = hidden.detach().requires_grad_()
-        # The head goes 512 tokens at a time: its float32 logits then stay in cache, twice as fast.
-        for some, labels in zip(leaf.flatten(0, 1).split(512), targets.flatten().split(512), strict=True):
-            loss = F.cross_entropy(model.lm_head(some).float(), labels, reduction="sum") / targets.numel()
+        # The output layer takes 512 tokens at a time: its float32 logits then stay in cache, which is twice as fast.
+        for states, labels in zip(leaf.flatten(0, 1).split(512), targets.flatten().split(512), strict=True):
+            loss = F.cross_entropy(model.lm_head(states).float(), labels, reduction="sum") / targets.numel()
             loss.backward()
             nats += loss.item()
     hidden.backward(leaf.grad)
@@ -425,7 +431,7 @@ def backward(model: PhiForCausalLM, inputs: Tensor, targets: Tensor) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: PhiForCausalLM, ids: Tensor) -> float:
-    """Mean nats per token over the documents in (N,) `ids`, each on its own, up to HELD_OUT_LENGTH tokens of it."""
+    """Mean nats per token over the first HELD_OUT_LENGTH tokens of each document in (N,) `ids`, separately."""
     ends = (torch.nonzero(ids == END_ID).flatten() + 1).tolist()
     documents = [ids[start:end][: HELD_OUT_LENGTH + 1] for start, end in pairwise([0, *ends])]
     documents.sort(key=len)
@@ -440,7 +446,7 @@ def held_out_loss(model: PhiForCausalLM, ids: Tensor) -> float:
 
 
 def write_asset(args: argparse.Namespace, model: PhiForCausalLM, data: dict[str, Any], step: int, curve: list) -> None:
-    """Write model, tokenizer and card to `args.output_dir`, each file whole: someone may be reading it."""
+    """Write model, tokenizer and card to `args.output_dir`; each file is replaced as a whole: it may be in use."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(data["tokenizer"]),
@@ -493,7 +499,7 @@ def model_card(
 
 
 def training_before(start: Path | None) -> str:
-    """The chapter on training of the card in `start`, to go under that of a training which went on from there."""
+    """The chapter on training in the card of `start`, for a training that began from it."""
     if not start:
         return ""
     card = (start / "README.md").read_text(encoding="utf-8")
@@ -572,7 +578,7 @@ Built by
 {before}"""
 
 
-# Of the packaged weights, by hand: what was tried before the long run.
+# Written by hand, about the packaged weights: what was tried before the long run.
 TRIED = """Copying was planted in the first layers before training (`plant_copying`): without it an earlier run of
 7 M tokens had learned to copy nothing. Of three shapes tried for about two minutes each, on an earlier text with AdamW
 and nothing planted, this one learned fastest (held-out loss as saved):
@@ -596,8 +602,8 @@ Optimizers in this shape on this text, 240 steps and two and a half minutes each
 """
 
 
-def save_whole(value: Any, path: Path) -> None:
-    """torch.save that leaves the old file or the new one, never half of one."""
+def save_atomically(value: Any, path: Path) -> None:
+    """torch.save that replaces the file as a whole."""
     partial = path.with_suffix(".partial")
     torch.save(value, partial)
     os.replace(partial, path)

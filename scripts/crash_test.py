@@ -1,6 +1,6 @@
 """Crash test: kill fit and predict repeatedly, resume them, and compare the files with those of an undisturbed run.
 
-    one undisturbed fit and predict                   ->  adapter, samples, curves, predictions; duration of each command
+    one undisturbed fit and predict                   ->  adapter, samples, curves, predictions, durations
     fit, SIGKILL, fit --ckpt_path last, SIGKILL, ...  ->  the same bytes, every time
 
     python scripts/crash_test.py                    120 kills, at least 10 in each phase; about a quarter of an hour

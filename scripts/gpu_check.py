@@ -100,6 +100,7 @@ def check(args: argparse.Namespace, python: str) -> bool:
     began, settings = time.monotonic(), args.sizes
     args.work_dir.mkdir(parents=True, exist_ok=True)
     report: Report = {
+        "kind": "gpu_check",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": args.commit or git_commit(),
         "command": " ".join(["scripts/gpu_check", *sys.argv[1:]]),

@@ -1,10 +1,10 @@
-"""Fit under every combination of some settings, and print a Markdown table of what came out.
+"""Sweep: fit with every combination of settings, and print a Markdown table of the results.
 
     python scripts/sweep.py --config configs/tiny.yaml --set model.lora_r=1,2,8,16 --set model.learning_rate=2e-3,5e-3
-    python scripts/sweep.py --set model.lora_r+model.lora_alpha=1+2,8+16          keys that go together
+    python scripts/sweep.py --set model.lora_r+model.lora_alpha=1+2,8+16          keys that change together
 
-One process a run, one run at a time, so that times compare. A finished run is not run again: its row is kept in
-OUTPUT_DIR/sweep.jsonl. Arguments after -- go to every fit.
+Each run is a process, one at a time, so that times compare. A finished run is not repeated: its row is in
+OUTPUT_DIR/sweep.jsonl. Arguments after -- are passed to every fit.
 """
 
 import argparse
@@ -27,19 +27,19 @@ def main() -> None:
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     keys, choices = zip(
-        *((key, values.split(",")) for key, values in (one.split("=") for one in args.set)), strict=True
+        *((key, values.split(",")) for key, values in (setting.split("=") for setting in args.set)), strict=True
     )
-    print("| " + " | ".join([*keys, "total_steps", "seconds", "val/loss", "val/token_accuracy"]) + " |")
+    print("| " + " | ".join([*keys, "steps", "seconds", "val/loss", "val/token_accuracy"]) + " |")
     print("|" + "---|" * (len(keys) + 4))
     for values in itertools.product(*choices):
         row = run(args, dict(zip(keys, values, strict=True)))
-        figures = [f"{row['steps']:.0f}", f"{row['seconds']:.0f}", f"{row['loss']:.4f}", f"{row['accuracy']:.4f}"]
-        print("| " + " | ".join([*values, *figures]) + " |")
+        cells = [f"{row['steps']:.0f}", f"{row['seconds']:.0f}", f"{row['loss']:.4f}", f"{row['accuracy']:.4f}"]
+        print("| " + " | ".join([*values, *cells]) + " |")
         sys.stdout.flush()
 
 
 def run(args: argparse.Namespace, settings: dict[str, str]) -> dict[str, float]:
-    """The row of one fit, from the file if it has been run."""
+    """The row of one fit, from the file if it was run before."""
     pairs = [
         (key, value)
         for joined, values in settings.items()

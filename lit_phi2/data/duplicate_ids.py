@@ -6,8 +6,8 @@
 The index is an SQLite table of 64-bit hashes in memory. Records are private, so neither an id nor a database file is
 written to disk. Among ten million different ids, two share a hash once in 370,000 times.
 
-Peak memory and time per id (growth of VmHWM in /proc/self/status; one process and one thread per case, alternating, on
-2 shared CPU cores; CPython 3.11, ids of 15 characters, one in a thousand used before):
+Peak memory and time per id (growth of VmHWM in /proc/self/status; one process and one thread per case, on 2 shared CPU
+cores, the first two alternating; CPython 3.11, ids of 15 characters, one in a thousand used before):
 
                                          1 million ids       5 million ids
     SQLite, WITHOUT ROWID                27 bytes  3.3 us    26 bytes  4.3 us

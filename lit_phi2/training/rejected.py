@@ -1,6 +1,6 @@
-"""rejected.jsonl: the records that a run leaves out, invalid or overlong, each with its place and reason.
+"""rejected.jsonl: the records that a run leaves out, invalid or overlong, each with its location and reason.
 
-    {"split": "train", "location": "claims.jsonl:7", "message": "'response' is empty", "record": {...}}
+    {"split": "train", "location": "claims.jsonl:7", "message": "'response' is empty", "record": "{...}"}
 
 The subcommands of a run share the file: each replaces the lines of its own splits and keeps those of other splits.
 """

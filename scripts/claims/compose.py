@@ -2,7 +2,11 @@
 
     category, case, kind of plan, form -> values of the slots -> instruction, input, response, facts
 
-A scenario is a case (a service and why it is due) under a kind of plan.
+A scenario is a case (a service and the reason why it is due) under a kind of plan.
+
+Keys of a category's file: name, line (of insurance), kinds (of plan; all of the line if absent), notices, cases
+(service, fact, document), and by form asks, facts and responses. A response is a list of moves, each a list of
+alternative wordings; the move @rights is written by the kind of plan.
 """
 
 import random
@@ -18,15 +22,15 @@ from claims.world import LABOR, MEDICAL, STATE, Kind, Person, capitalized, draw_
 FOLDER = Path(__file__).parent
 FORMS = ("explain", "draft", "require")
 HELD_OUT_SCENARIOS = 3  # of a category, in each of validation and test
-ALONE = 0.35  # share of the records without an input section
-# The slots whose values are facts, by form; each stands in the prompt.
+NO_INPUT = 0.35  # fraction of the records without an input section
+# The slots whose values are facts, by form; the prompt contains each of them.
 COPIED = {
     "explain": ("plan", "claim", "notice_date"),
     "draft": ("plan", "claim", "member", "notice_date"),
     "require": ("plan", "member", "id"),
 }
 
-Category = dict[str, Any]  # one file of categories/; its keys are told in categories/README.md
+Category = dict[str, Any]  # one file of categories/
 Record = dict[str, Any]
 
 PROMPTS = yaml.safe_load((FOLDER / "prompts.yaml").read_text(encoding="utf-8"))
@@ -38,24 +42,24 @@ def load_categories() -> list[Category]:
 
 
 def scenarios_of(category: Category, seed: int) -> dict[str, list[tuple[Category, Kind]]]:
-    """Split -> its (case, kind) pairs. Of a case at most one kind is held out, so training knows each case."""
+    """Split -> its (case, kind) pairs. At most one kind of a case is held out, so training has every case."""
     kinds = kinds_of(category)
     rng = random.Random(f"{seed} {category['name']}")
     cases = rng.sample(category["cases"], len(category["cases"]))
     held_out = [(case, rng.choice(kinds)) for case in cases]
     test, validation = held_out[:HELD_OUT_SCENARIOS], held_out[HELD_OUT_SCENARIOS : 2 * HELD_OUT_SCENARIOS]
-    away = {(case["service"], kind.key) for case, kind in test + validation}
+    excluded = {(case["service"], kind.key) for case, kind in test + validation}
     pairs = [(case, kind) for case in category["cases"] for kind in kinds]
-    train = [(case, kind) for case, kind in pairs if (case["service"], kind.key) not in away]
+    train = [(case, kind) for case, kind in pairs if (case["service"], kind.key) not in excluded]
     return {"train": train, "validation": validation, "test": test}
 
 
 def compose_record(rng: random.Random, category: Category, case: Category, kind: Kind, form: str) -> Record:
-    """A record without its id: who asks, how, the numbers and the wording are drawn."""
+    """A record without its id; the person, the request, the numbers and the wording are drawn."""
     person = rng.choice(people_of(category["line"]))
     values = fill_values(rng, category, case, kind, person, form)
     instruction, context, shows_sums = compose_prompt(rng, rng.choice(category["asks"][form]), values, person)
-    number = rng.randrange(len(category["answers"][form]))
+    number = rng.randrange(len(category["responses"][form]))
     with_sums = shows_sums and form == "explain"
     facts = [{"text": values[slot], "kind": "copied"} for slot in COPIED[form]]
     facts += [{"text": text, "kind": "known"} for text in (values["document"], *category["facts"][form])]
@@ -73,12 +77,12 @@ def compose_record(rng: random.Random, category: Category, case: Category, kind:
         "skeleton": f"{category['name']} | {form} {number + 1}",
         "instruction": instruction,
         "input": context,
-        "response": compose_answer(rng, category, kind, form, number, values, with_sums),
+        "response": compose_response(rng, category, kind, form, number, values, with_sums),
         "facts": facts,
     }
 
 
-def compose_answer(
+def compose_response(
     rng: random.Random,
     category: Category,
     kind: Kind,
@@ -87,22 +91,22 @@ def compose_answer(
     values: dict[str, str],
     with_sums: bool,
 ) -> str:
-    """A skeleton with a wording drawn for each of its moves. Letters have paragraphs, lists lines; the rest runs on."""
-    moves = list(category["answers"][form][number])
+    """Skeleton `number` with a drawn wording for each move: letters in paragraphs, lists in lines, else one text."""
+    moves = list(category["responses"][form][number])
     if with_sums:
         moves.insert(moves.index("@rights"), PROMPTS["sums"])
-    chosen = [rng.choice(kind.rights if move == "@rights" else move).format(**values) for move in moves]
-    text = chosen[0]
-    for before, part in pairwise(chosen):
+    texts = [rng.choice(kind.rights if move == "@rights" else move).format(**values) for move in moves]
+    response = texts[0]
+    for before, part in pairwise(texts):
         numbered = re.match(r"\d\.|- ", part) or re.search(r"(?m)^(\d\.|- )", before)
-        text += ("\n\n" if form == "draft" else "\n" if numbered else " ") + part
-    return re.sub(r" ?\n ?", "\n", text).strip()
+        response += ("\n\n" if form == "draft" else "\n" if numbered else " ") + part
+    return re.sub(r" ?\n ?", "\n", response).strip()
 
 
 def fill_values(
     rng: random.Random, category: Category, case: Category, kind: Kind, person: Person, form: str
 ) -> dict[str, str]:
-    """Slot -> value, for prompt and answer alike."""
+    """Slot -> value, for the prompt and the response."""
     values = draw_values(rng, kind)
     values |= {key: case[key] for key in ("service", "fact", "document")}
     values["notice"] = rng.choice(category["notices"])
@@ -117,18 +121,18 @@ def fill_values(
 
 
 def compose_prompt(rng: random.Random, ask: str, values: dict[str, str], person: Person) -> tuple[str, str, bool]:
-    """An instruction, its input, and whether sums are shown. Every value that an answer copies stands in them."""
-    ask = in_some_tone(rng, ask)
-    if rng.random() < ALONE:
+    """Instruction, input, and whether sums are shown. They contain every value that a response copies."""
+    ask = apply_tone(rng, ask)
+    if rng.random() < NO_INPUT:
         name = rng.choice(PROMPTS["names"][person.key]).format(**values)
-        told = re.sub(r"\s+", " ", rng.choice(PROMPTS["alone"]).format(**values, name=name)).strip()
-        return (f"{told} {ask}" if rng.random() < 0.6 else f"{ask} {told}"), "", False
+        story = re.sub(r"\s+", " ", rng.choice(PROMPTS["alone"]).format(**values, name=name)).strip()
+        return (f"{story} {ask}" if rng.random() < 0.6 else f"{ask} {story}"), "", False
     layout = rng.choice(list(PROMPTS["inputs"]))
     context = rng.choice(PROMPTS["inputs"][layout]).format(**values)
     return ask, re.sub(r" +(\n|$)", r"\1", context), layout == "eob"
 
 
-def in_some_tone(rng: random.Random, ask: str) -> str:
+def apply_tone(rng: random.Random, ask: str) -> str:
     tone = rng.choice(list(PROMPTS["tones"]))
     ask = rng.choice(PROMPTS["tones"][tone]).format(ask=ask)
     if tone == "rushed":
@@ -137,7 +141,7 @@ def in_some_tone(rng: random.Random, ask: str) -> str:
 
 
 def misspell(rng: random.Random, text: str) -> str:
-    """Swap or drop a letter in some of the longer words."""
+    """Swap or drop a letter in 40 % of the longer words."""
     words = text.split(" ")
     for n, word in enumerate(words):
         if word.isalpha() and len(word) > 4 and rng.random() < 0.4:

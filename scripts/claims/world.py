@@ -2,8 +2,8 @@
 
     random.Random -> one Kind of plan, one Person who asks, the values of every slot
 
-A kind of plan knows its levels of review. Its rules are federal, and the source stands beside each; where the
-policy itself sets the limit (auto, property, travel), the notice states it and no rule is claimed.
+A kind of plan has its levels of review. Its rules are federal, with the source in a comment; where the policy itself
+sets the time limit (auto, property, travel), the notice states it and no rule is claimed.
 """
 
 import datetime
@@ -18,7 +18,7 @@ class Kind:
 
     key: str
     line: str
-    suffixes: tuple[str, ...]  # of the plan's name, which is how a prompt tells the kind
+    suffixes: tuple[str, ...]  # of the plan's name: the only place where a prompt shows the kind
     days: int | None
     next_medical: str  # who reviews next where the denial was a medical judgment
     next_other: str
@@ -97,7 +97,7 @@ KINDS = [
         LABOR,
         EMPLOYER_RIGHTS,
     ),
-    # 45 CFR 147.136(b)(3)(i) takes the 180 days over for individual plans. State external review: (c)(2)(i) and (vi).
+    # 45 CFR 147.136(b)(3)(i) applies the 180 days to individual plans. State external review: (c)(2)(i) and (vi).
     Kind(
         "marketplace plan",
         "health",
@@ -141,8 +141,8 @@ KINDS = [
     Kind("single trip", "travel", ("Single Trip",), None, STATE, STATE, INSURER_RIGHTS),
     Kind("annual trip", "travel", ("Annual Trip",), None, STATE, STATE, INSURER_RIGHTS),
 ]
-# Denials that turn on medical judgment (parity in medical management included) or on the surprise billing rules:
-# 45 CFR 147.136(d)(1)(ii). One that turns on the contract alone is outside the federal process, whatever its category.
+# Denials that depend on medical judgment (parity in medical management included) or on the surprise billing rules:
+# 45 CFR 147.136(d)(1)(ii). A denial that depends on the contract alone is outside the federal process.
 MEDICAL = {
     "medical necessity", "prior authorization", "step therapy", "quantity limit", "experimental treatment",
     "out of network", "surprise billing", "preventive care", "level of care", "formulary exclusion",
@@ -341,7 +341,7 @@ SURNAMES = [
 
 @dataclass(frozen=True)
 class Person:
-    """Who asks. The words by which an answer names the people involved."""
+    """Who asks, with the words by which a response names the people involved."""
 
     key: str
     who: str
@@ -349,7 +349,7 @@ class Person:
     I: str  # noqa: E741 (the word itself)
     my: str
     me: str
-    doctor: str  # in an answer
+    doctor: str  # in an explanation or a list
     my_doctor: str  # in a letter written for them
 
 
@@ -372,7 +372,7 @@ OTHER_PEOPLE = [
     Person("agency", "the policyholder", "Agency Office, for {member}", "We", "our", "us", "", ""),
     Person("analyst", "the insured", "Claims Review Team, for {member}", "We", "our", "us", "", ""),
 ]
-LIFE_PEOPLE = [  # who claims is not who was insured
+LIFE_PEOPLE = [  # the claimant is not the insured person
     Person("policyholder", "you", "{member}", "I", "my", "me", "", ""),
     Person("agency", "the beneficiary", "Agency Office, for {member}", "We", "our", "us", "", ""),
     Person("analyst", "the claimant", "Claims Review Team, for {member}", "We", "our", "us", "", ""),
@@ -380,7 +380,7 @@ LIFE_PEOPLE = [  # who claims is not who was insured
 
 
 def kinds_of(category: dict[str, Any]) -> list[Kind]:
-    """The kinds of plan that a category can meet: those of its line, or those that its file names."""
+    """The kinds of plan of a category: those of its line of insurance, or those that its file names."""
     return [kind for kind in KINDS if kind.line == category["line"] and kind.key in category.get("kinds", [kind.key])]
 
 
@@ -405,7 +405,7 @@ def in_dollars(cents: int) -> str:
 
 
 def draw_values(rng: random.Random, kind: Kind) -> dict[str, str]:
-    """The values that every record has, drawn anew for each."""
+    """The values that every record has, drawn for one record."""
     notice = datetime.date(2025, 1, 2) + datetime.timedelta(days=rng.randrange(720))
     days = kind.days or rng.choice((30, 45, 60, 90))
     billed = rng.randrange(8_000, 950_000)

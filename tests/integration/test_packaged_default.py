@@ -11,6 +11,8 @@ from lit_phi2.cli.main import main
 
 CONFIG = str(TINY_CONFIG)
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -19,7 +21,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tiny" / "version_0"
 
 
-@pytest.mark.slow
 def test_the_loss_falls_by_a_fifth_and_every_scalar_is_logged(run: Path) -> None:
     """The base was pretrained on such claims without the template, so val/loss starts low: 0.404 -> 0.292."""
     events = EventAccumulator(str(run))
@@ -40,7 +41,6 @@ def test_the_loss_falls_by_a_fifth_and_every_scalar_is_logged(run: Path) -> None
     assert {f"samples/{index}/text_summary" for index in range(4)} <= set(events.Tags()["tensors"])
 
 
-@pytest.mark.slow
 def test_completions_of_the_adapter_hold_the_facts_and_stop(run: Path) -> None:
     """Sixty test records, scored by `test`; the bounds allow for another machine's rounding.
 

@@ -1,0 +1,102 @@
+"""The other programs in scripts/: their examples hold, they start, and their pictures need no network."""
+
+import doctest
+import importlib
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from helpers import ROOT
+from plots import draw
+from screenshot import to_svg
+
+ORIGIN = {"commit": "0123abc", "date": "2026-01-01", "machine": "a machine", "command": "a command"}
+THROUGHPUT = {
+    "kind": "throughput",
+    **ORIGIN,
+    "peers": {"hf-b8": {"tokens_per_second": [100.0, 110.0], "ours_tokens_per_second": [200.0, 242.0]}},
+}
+STEP_SIZES = {
+    "kind": "step_sizes",
+    **ORIGIN,
+    "points": [{"rows": rows, "length": 128, "seconds": rows, "gib_above_model": rows} for rows in (1, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bench",
+        "build_claims",
+        "build_tiny_phi",
+        "claims.world",
+        "gpu_parts.environment",
+        "gpu_parts.prediction",
+        "gpu_parts.settings",
+        "profiles.step",
+    ],
+)
+def test_the_examples_in_docstrings_hold(name: str) -> None:
+    module: ModuleType = importlib.import_module(name)
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "bench",
+        "build_claims",
+        "build_claims_prose",
+        "build_random_phi2",
+        "build_tiny_phi",
+        "crash_test",
+        "gpu_check",
+        "plots",
+        "profiling",
+        "screenshot",
+        "sweep",
+    ],
+)
+def test_every_program_prints_its_help(program: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / f"{program}.py"), "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"scripts/{program}" in done.stdout  # the command to copy
+
+
+@pytest.mark.parametrize("measurement", [THROUGHPUT, STEP_SIZES], ids=["throughput", "step_sizes"])
+def test_the_same_numbers_give_the_same_picture(measurement: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        draw(measurement, tmp_path / name)
+    first, second = ((tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
+    assert first == second
+    assert ET.fromstring(first).tag.endswith("svg")
+
+
+def test_a_peers_ratio_is_the_median_over_its_rounds(tmp_path: Path) -> None:
+    """200 / 100 and 242 / 110: 2.0 and 2.2."""
+    draw(THROUGHPUT, tmp_path / "bars.svg")
+    assert "lit_phi2 is 2.10 times as fast" in (tmp_path / "bars.svg").read_text("utf-8")
+
+
+def test_an_unknown_kind_of_measurement_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="kind 'pie'"):
+        draw({"kind": "pie"}, tmp_path / "pie.svg")
+
+
+def test_the_terminal_picture_loads_nothing() -> None:
+    svg = to_svg([("python -m lit_phi2 fit", "step 1  val/loss 0.5\n")])
+    assert "@font-face" not in svg
+    assert "url(http" not in svg
+    text = "".join(ET.fromstring(svg).itertext()).replace("\xa0", " ")
+    assert "python -m lit_phi2 fit" in text
+    assert "val/loss 0.5" in text
