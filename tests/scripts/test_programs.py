@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -66,9 +67,7 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
 )
 def test_every_program_prints_its_help(program: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / f"{program}.py"), "--help"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert f"scripts/{program}" in done.stdout  # the command to copy
 
