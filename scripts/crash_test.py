@@ -82,14 +82,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=120, help="at least this many, over fit and predict")
     parser.add_argument("--each", type=int, default=10, help="at least this many in each phase")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     rng, kills = random.Random(args.seed), Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         undisturbed, log = root / "undisturbed", root / "log"
-        durations = run_undisturbed(root / "first", log)  # slower, because files are read from the disk
+        run_undisturbed(root / "first", log)  # slower, because files are read from the disk
         durations = run_undisturbed(undisturbed, log)
         expected = outcome(undisturbed)
         print("\n".join(f"  {name:<20} {value[:16]}" for name, value in expected.items()))

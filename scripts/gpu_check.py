@@ -15,7 +15,7 @@ Each part is a process with a time limit of its own. Its measurements are writte
 that is cut off keeps them. A part that fails or exceeds its limit is recorded as such and the next one starts; the exit
 code is 1 then. The limits of all parts together are below 8 minutes.
 
-Only the standard library is imported here, because a bare machine has nothing else.
+Only the standard library is imported here: a bare machine has no other packages.
 """
 
 import argparse

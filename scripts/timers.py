@@ -24,7 +24,7 @@ def now(device: str) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait until a GPU has finished; a CPU has nothing queued."""
+    """Wait until a GPU has finished; a CPU queues nothing."""
     if device == "cpu":
         return
     import torch

@@ -76,7 +76,7 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def some_records() -> list[dict[str, str]]:
+def record_rows() -> list[dict[str, str]]:
     """Twelve records of different lengths, every other one with an input section."""
     return [
         {

@@ -22,17 +22,17 @@ except ImportError:  # a bare machine has pip's copy
     from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parents[2]
-# Compiled for a driver (torch and what it brings), or not needed to run anything (linters, types, plots).
+# Compiled for a driver (torch and its dependencies), or not needed at run time (linters, types, plots).
 NOT_COLLECTED = re.compile(r"torch|triton|nvidia-.*|mypy|mypy-extensions|ruff|types-.*|matplotlib|pre-commit")
 INSTALL_LIMIT = 60.0  # seconds
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")  # pip matches exactly
 
 
 def missing_packages() -> list[str]:
-    """What to install here; nothing where every requirement of running and testing lit_phi2 is met, torch aside.
+    """What to install here to run and test lit_phi2; empty if all requirements except torch are met.
 
-    Where one is not, the packages that it needs in turn are unknown, because its metadata is not here. So every locked
-    package goes with it that is absent or older than the lock has it.
+    The metadata of an absent package is absent too, so what it needs in turn is unknown. If one requirement is not met,
+    every locked package is listed that is absent or older than its locked version.
     """
     requirements = [Requirement(line) for line in _project_requirements()]
     if all(map(_is_met, requirements)):

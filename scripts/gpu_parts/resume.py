@@ -3,8 +3,8 @@
     fit to the end                                        -> weights
     fit, interrupted in its second epoch; fit last.ckpt   -> the same weights, in float32 and in bfloat16
 
-Every dropout is on. A card that sums in another order each time would differ between two uninterrupted runs too; where
-the resumed run differs, a second uninterrupted one tells.
+Every dropout is on. A device that sums in a different order each time differs between two uninterrupted runs too; if
+the resumed run differs, a second uninterrupted run shows whether this is the reason.
 """
 
 import shutil

@@ -18,7 +18,7 @@ class Settings:
 
     Attributes:
         device: cuda, mps or cpu.
-        tiny: small sizes, which measure nothing of interest.
+        tiny: small sizes, to test the program; the numbers have no meaning.
         work_dir: for logs, results and the base.
         dtype: of the base, as model.dtype.
         layers: of the base.

@@ -20,7 +20,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     """Run them.
 
     Raises:
-        SystemExit: a test failed, or none ran although the device is there.
+        SystemExit: a test failed, or no test ran on a GPU.
     """
     marker = "mps" if settings.device == "mps" else "cuda"
     junit_file = settings.work_path / "junit.xml"

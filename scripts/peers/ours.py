@@ -54,7 +54,7 @@ def load(task: Task) -> LoadedPeer:
 
 
 def matmul_utilization(module: LitPhi2, ledger: Ledger, max_tokens: int, max_supervised_tokens: int) -> Report:
-    """The fraction of the device's own matmul rate at which a step runs; 1 if it were frozen matmuls and nothing else.
+    """The fraction of the device's matmul rate at which a step runs; 1 if a step consisted of frozen matmuls only.
 
     Args:
         module: after training.

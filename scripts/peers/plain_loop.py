@@ -1,6 +1,6 @@
 """Plain loop: transformers' own Phi with PEFT's own LoRA on the rows that lit_phi2 packs; only the step differs.
 
-Positions restart at every example and no mask is given, which is how transformers keeps the examples of a row apart.
+Positions restart at every example and no mask is given, so transformers masks attention between the examples of a row.
 """
 
 import torch

@@ -128,10 +128,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_format_is_refused(
-    phi_dir: Path, write_jsonl: object, some_records: object, tmp_path: Path
+    phi_dir: Path, write_jsonl: object, record_rows: object, tmp_path: Path
 ) -> None:
     """Format 1 wrote sentences as keys and no format_version; its digest is right."""
-    data = new_data(phi_dir, write_jsonl(some_records))  # type: ignore[operator]  # a fixture
+    data = new_data(phi_dir, write_jsonl(record_rows))  # type: ignore[operator]  # a fixture
     new_trainer(tmp_path, keep=True, max_steps=1).fit(new_module(phi_dir), data)
     last = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
     adapter, checkpoint = read_checkpoint(last)

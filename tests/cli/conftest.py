@@ -15,12 +15,12 @@ from lit_phi2.cli.main import main
 def fit(
     phi_dir: Path,
     write_jsonl: Callable[..., Path],
-    some_records: list[dict[str, str]],
+    record_rows: list[dict[str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., int]:
     """Runs fit with small.yaml in an empty folder; returns the exit code."""
-    records = write_jsonl(some_records)
+    records = write_jsonl(record_rows)
     monkeypatch.chdir(tmp_path)
     settings = {
         "model": {"base": str(phi_dir), "max_new_tokens": 4, "dtype": "float32"},

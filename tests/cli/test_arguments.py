@@ -14,12 +14,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_flags_override_configs_in_any_position(
     phi_dir: Path,
     write_jsonl: Callable[..., Path],
-    some_records: list[dict[str, str]],
+    record_rows: list[dict[str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_jsonl(some_records)
+    write_jsonl(record_rows)
     (tmp_path / "a.yaml").write_text(f"model:\n  base: {phi_dir}\n  lora_r: 3\n  lora_alpha: 3\n")
     (tmp_path / "b.yaml").write_text("model:\n  lora_alpha: 6\ndata:\n  max_length: 100\n")
     flags = ["--model.lora_r", "5", "--data.train_files", "records.jsonl"]

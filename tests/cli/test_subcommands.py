@@ -67,9 +67,9 @@ def test_predict_without_a_checkpoint_runs_the_base(fit: Fit) -> None:
     }
 
 
-def test_predict_needs_no_response_and_writes_to_output(fit: Fit, some_records: list[dict[str, str]]) -> None:
+def test_predict_needs_no_response_and_writes_to_output(fit: Fit, record_rows: list[dict[str, str]]) -> None:
     Path("prompts.jsonl").write_text(
-        "".join(json.dumps({"instruction": record["instruction"]}) + "\n" for record in some_records)
+        "".join(json.dumps({"instruction": record["instruction"]}) + "\n" for record in record_rows)
     )
     arguments = ["predict", "--config", "small.yaml", "--data.predict_files", "prompts.jsonl"]
     assert main([*arguments, "--output", "out/a.jsonl"]) == 0

@@ -250,9 +250,9 @@ def batches(data: ClaimsDataModule) -> list[Batch]:
 
 
 @pytest.fixture
-def training(claims: Claims, some_records: list[dict[str, str]]) -> ClaimsDataModule:
+def training(claims: Claims, record_rows: list[dict[str, str]]) -> ClaimsDataModule:
     """Twelve records, one per batch, two batches per step: six steps in an epoch."""
-    data = claims(train_files=some_records, val_files=some_records, packing=False)
+    data = claims(train_files=record_rows, val_files=record_rows, packing=False)
     data.trainer = trainer_at(accumulate_grad_batches=2)
     data.setup("fit")
     assert data.steps_per_epoch() == 6
@@ -330,10 +330,10 @@ class Recorder(pl.LightningModule):
 
 @pytest.mark.parametrize(("limit", "batches_per_epoch"), [(1.0, 12), (5, 5), (0.5, 6), (0.6, 7)])
 def test_a_real_trainer_runs_the_schedule_under_any_limit(
-    limit: float, batches_per_epoch: int, claims: Claims, some_records: list[dict[str, str]]
+    limit: float, batches_per_epoch: int, claims: Claims, record_rows: list[dict[str, str]]
 ) -> None:
     """Lightning itself limits a loader by limit_train_batches; a fraction must not be applied twice."""
-    data = claims(train_files=some_records, val_files=some_records, packing=False)
+    data = claims(train_files=record_rows, val_files=record_rows, packing=False)
     model = Recorder()
     trainer = pl.Trainer(
         max_epochs=2,
@@ -360,14 +360,14 @@ def test_a_real_trainer_runs_the_schedule_under_any_limit(
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_validation_and_test_see_every_record_once(
-    packing: bool, claims: Claims, some_records: list[dict[str, str]]
+    packing: bool, claims: Claims, record_rows: list[dict[str, str]]
 ) -> None:
-    data = claims(train_files=some_records, val_files=some_records, test_files=some_records[:5], packing=packing)
+    data = claims(train_files=record_rows, val_files=record_rows, test_files=record_rows[:5], packing=packing)
     data.setup("fit")
     data.setup("test")
     for loader, count in ((data.val_dataloader(), 12), (data.test_dataloader(), 5)):
         seen = list(loader)
-        assert sorted(n for batch in seen for n in batch.record_ids) == sorted(r["id"] for r in some_records[:count])
+        assert sorted(n for batch in seen for n in batch.record_ids) == sorted(r["id"] for r in record_rows[:count])
         assert len(loader) == len(seen)
 
 
@@ -431,9 +431,9 @@ def test_max_new_tokens_without_space_for_a_prompt_is_refused(claims: Claims) ->
 
 @pytest.mark.parametrize("change", ["response", "id", "order", "max_length", "seed"])
 def test_the_fingerprint_changes_with_data_and_settings(
-    change: str, claims: Claims, some_records: list[dict[str, str]]
+    change: str, claims: Claims, record_rows: list[dict[str, str]]
 ) -> None:
-    rows = [dict(record) for record in some_records]
+    rows = [dict(record) for record in record_rows]
     options: dict[str, object] = {}
     if change in ("response", "id"):
         rows[3][change] += "!"
@@ -443,10 +443,10 @@ def test_the_fingerprint_changes_with_data_and_settings(
         options[change] = 77
 
     def fingerprint(records: list[dict[str, str]], **options: object) -> dict[str, object]:
-        data = claims(train_files=records, val_files=some_records, **options)
+        data = claims(train_files=records, val_files=record_rows, **options)
         data.trainer = trainer_at()
         data.setup("fit")
         return data.fingerprint()
 
-    assert fingerprint(some_records) == fingerprint(some_records)
-    assert fingerprint(rows, **options) != fingerprint(some_records)
+    assert fingerprint(record_rows) == fingerprint(record_rows)
+    assert fingerprint(rows, **options) != fingerprint(record_rows)

@@ -29,9 +29,9 @@ RunCommand = Callable[..., int]
 
 
 @pytest.fixture
-def scored_file(write_jsonl: Jsonl, some_records: Rows) -> Path:
+def scored_file(write_jsonl: Jsonl, record_rows: Rows) -> Path:
     """Twelve records; those with an input have one fact that is in it and one that is nowhere."""
-    for number, record in enumerate(some_records):
+    for number, record in enumerate(record_rows):
         record["response"] = f"{record['response']} " * 9  # so that no prompt is over 1.5 times its length
         record["instruction"] += f" {number}"  # no two prompts are equal
         record["category"] = "even" if number % 2 == 0 else "odd"
@@ -42,7 +42,7 @@ def scored_file(write_jsonl: Jsonl, some_records: Rows) -> Path:
                 {"text": " ".join(words[:2]), "kind": "copied"},
                 {"text": f"fact-{number}", "kind": "known"},
             ]
-    return write_jsonl(some_records, "test.jsonl")
+    return write_jsonl(record_rows, "test.jsonl")
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_without_a_checkpoint_the_base_and_baselines_are_scored(
 
 def test_each_completion_is_scored_against_its_own_record(
     phi_dir: Path,
-    some_records: Rows,
+    record_rows: Rows,
     write_jsonl: Jsonl,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -141,7 +141,7 @@ def test_each_completion_is_scored_against_its_own_record(
     model = new_model(phi_dir)
     model.configure_model()
     facts = []
-    for number, record in enumerate(some_records):
+    for number, record in enumerate(record_rows):
         record["instruction"] += f" {number}"
         prompt = tokenizer(format_prompt(record["instruction"], record["input"]), add_special_tokens=False)["input_ids"]
         text = tokenizer.decode(model.generate([prompt])[0].ids)
@@ -150,7 +150,7 @@ def test_each_completion_is_scored_against_its_own_record(
             facts.append(text)
             record["facts"] = [{"text": text, "kind": "generated"}]
     assert len(set(facts)) > 6, "completions differ, so that another record's would not match"
-    path = write_jsonl(some_records, "generated.jsonl")
+    path = write_jsonl(record_rows, "generated.jsonl")
     run_test(tmp_path, model, path, path)
     recall = metrics_of(tmp_path / "run" / "base")["completions"]["base"]["fact recall"]
     assert recall == {"mean": 1.0, "low": 1.0, "high": 1.0, "records": len(facts)}
@@ -159,7 +159,7 @@ def test_each_completion_is_scored_against_its_own_record(
 def test_a_completion_does_not_depend_on_its_batch(
     phi_dir: Path,
     scored_file: Path,
-    some_records: Rows,
+    record_rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     tmp_path: Path,
@@ -169,7 +169,7 @@ def test_a_completion_does_not_depend_on_its_batch(
     trainer = run_test(tmp_path, model, scored_file, scored_file)
     expected = [
         tokenizer(format_prompt(record["instruction"], record["input"]), add_special_tokens=False)["input_ids"]
-        for record in some_records
+        for record in record_rows
     ]
     lengths = [len(prompt) for prompt in prompts]
     assert sorted(prompts) == sorted(expected)
@@ -274,9 +274,9 @@ def test_malformed_facts_stop_a_test_before_generation(
 
 
 def test_facts_in_a_training_file_are_ignored(
-    phi_dir: Path, scored_file: Path, some_records: Rows, write_jsonl: Jsonl, tmp_path: Path
+    phi_dir: Path, scored_file: Path, record_rows: Rows, write_jsonl: Jsonl, tmp_path: Path
 ) -> None:
-    train = write_jsonl([record | {"facts": "malformed"} for record in some_records], "train.jsonl")
+    train = write_jsonl([record | {"facts": "malformed"} for record in record_rows], "train.jsonl")
     data = new_data(phi_dir, train, max_length=400)
     data.setup("fit")
     assert len(data.splits["train"].records) == len(data.splits["val"].records) == 12
@@ -285,9 +285,9 @@ def test_facts_in_a_training_file_are_ignored(
 
 
 def test_records_without_facts_get_every_other_metric(
-    phi_dir: Path, some_records: Rows, write_jsonl: Jsonl, tmp_path: Path
+    phi_dir: Path, record_rows: Rows, write_jsonl: Jsonl, tmp_path: Path
 ) -> None:
-    path = write_jsonl(some_records)
+    path = write_jsonl(record_rows)
     run_test(tmp_path, new_model(phi_dir), path, path)
     rows = metrics_of(tmp_path / "run" / "base")["completions"]["base"]
     assert list(rows) == ["ROUGE-L", "length ratio", "repeated 8-gram", "eos_rate"]

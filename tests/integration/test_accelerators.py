@@ -52,9 +52,9 @@ def run(
 
 
 @pytest.fixture
-def train(write_jsonl: Jsonl, some_records: list[dict[str, str]]) -> Path:
+def train(write_jsonl: Jsonl, record_rows: list[dict[str, str]]) -> Path:
     """Enough records for several accumulation windows an epoch."""
-    return write_jsonl([{**record, "id": f"{record['id']}-{copy}"} for copy in range(5) for record in some_records])
+    return write_jsonl([{**record, "id": f"{record['id']}-{copy}"} for copy in range(5) for record in record_rows])
 
 
 @pytest.mark.parametrize("device", DEVICES)

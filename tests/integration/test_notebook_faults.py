@@ -20,16 +20,16 @@ Records = list[dict[str, str]]
 
 
 @pytest.fixture
-def train_file(write_jsonl: Callable[..., Path], some_records: Records) -> Path:
-    return write_jsonl(some_records)
+def train_file(write_jsonl: Callable[..., Path], record_rows: Records) -> Path:
+    return write_jsonl(record_rows)
 
 
-def test_prompt_tokens_are_not_in_the_loss(phi_dir: Path, train_file: Path, some_records: Records) -> None:
+def test_prompt_tokens_are_not_in_the_loss(phi_dir: Path, train_file: Path, record_rows: Records) -> None:
     """Reference: the labels that are not ignored decode to the response and its EOS token."""
     data = new_data(phi_dir, train_file)
     data.setup("fit")
     module = new_module(phi_dir)
-    for index, record in enumerate(some_records):
+    for index, record in enumerate(record_rows):
         batch = single_example(data, index)
         supervised = batch.labels[0] != IGNORE_INDEX
         assert data.tokenizer.decode(batch.labels[0][supervised]) == record["response"] + "<|endoftext|>"
@@ -99,18 +99,18 @@ def test_max_new_tokens_does_not_count_the_prompt(phi_dir: Path) -> None:
 
 
 def test_a_prediction_does_not_repeat_the_prompt(
-    phi_dir: Path, train_file: Path, tmp_path: Path, some_records: Records
+    phi_dir: Path, train_file: Path, tmp_path: Path, record_rows: Records
 ) -> None:
     output = tmp_path / "predictions.jsonl"
     arguments = ["predict", "--model.base", str(phi_dir), "--model.max_new_tokens", "8", "--output", str(output)]
     assert main([*arguments, "--data.predict_files", str(train_file), "--trainer.accelerator", "cpu"]) == 0
     predictions = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(predictions) == len(some_records)
+    assert len(predictions) == len(record_rows)
     assert not any("###" in row["completion"] or row["instruction"] in row["completion"] for row in predictions)
 
 
 def test_metrics_cover_every_token_of_every_reference(
-    phi_dir: Path, train_file: Path, tmp_path: Path, some_records: Records
+    phi_dir: Path, train_file: Path, tmp_path: Path, record_rows: Records
 ) -> None:
     """An empty reference is refused, and the mean covers every token of the other references."""
     data = new_data(phi_dir, train_file, test_files=str(train_file))
@@ -119,7 +119,7 @@ def test_metrics_cover_every_token_of_every_reference(
     update = module.eval_sums["num_tokens"].update
     module.eval_sums["num_tokens"].update = lambda value: num_tokens.append(float(value)) or update(value)
     new_trainer(tmp_path).test(module, data)
-    references = [data.tokenizer(record["response"])["input_ids"] for record in some_records]
+    references = [data.tokenizer(record["response"])["input_ids"] for record in record_rows]
     assert sum(num_tokens) == sum(len(reference) + 1 for reference in references)
 
     empty = tmp_path / "empty.jsonl"

@@ -104,13 +104,13 @@ def test_a_step_equals_examples_run_one_by_one(
     batch_size: int,
     accumulate: int,
     phi_dir: Path,
-    some_records: list[dict[str, str]],
+    record_rows: list[dict[str, str]],
     write_jsonl: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     """Loss and every gradient of a Trainer's step, all tokens weighted alike, within 1e-5 in relative norm: the order
     of summation alone moves 1e-6."""
-    records = some_records[:8]
+    records = record_rows[:8]
     module = new_module(phi_dir)
     reference_loss, reference = reference_step(reference_model(phi_dir, module), read_examples(records, phi_dir))
     data = new_data(phi_dir, write_jsonl(records), packing=packing, batch_size=batch_size)
@@ -145,10 +145,10 @@ def test_changing_one_example_of_a_row_changes_no_other(phi_dir: Path) -> None:
 
 
 def test_packed_examples_match_examples_run_alone(
-    phi_dir: Path, some_records: list[dict[str, str]], write_jsonl: Callable[..., Path]
+    phi_dir: Path, record_rows: list[dict[str, str]], write_jsonl: Callable[..., Path]
 ) -> None:
     """Reference: transformers' native Phi on each example by itself; float32, so only summation order differs."""
-    data = new_data(phi_dir, write_jsonl(some_records))
+    data = new_data(phi_dir, write_jsonl(record_rows))
     data.setup("fit")
     module = new_module(phi_dir)
     reference = reference_model(phi_dir, module)
@@ -189,7 +189,7 @@ def test_plain_peft_gives_an_exported_adapter_our_logits(phi_dir: Path, tmp_path
 
 
 def test_predict_generates_what_plain_peft_generates(
-    phi_dir: Path, some_records: list[dict[str, str]], write_jsonl: Callable[..., Path], tmp_path: Path
+    phi_dir: Path, record_rows: list[dict[str, str]], write_jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Greedy text of the exported adapter under plain PEFT, prompt by prompt, without padding or cache.
 
@@ -199,15 +199,15 @@ def test_predict_generates_what_plain_peft_generates(
     save_adapter(module.trained_adapter(), tmp_path / "adapter")
     native = PhiForCausalLM.from_pretrained(phi_dir, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(native, str(tmp_path / "adapter")).eval()
-    data = new_data(phi_dir, write_jsonl(some_records))
+    data = new_data(phi_dir, write_jsonl(record_rows))
     output = tmp_path / "predictions.jsonl"
     new_trainer(tmp_path).predict(module, data, output=str(output))
     predictions = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
 
-    assert [prediction["id"] for prediction in predictions] == [record["id"] for record in some_records]
+    assert [prediction["id"] for prediction in predictions] == [record["id"] for record in record_rows]
     tokenizer = AutoTokenizer.from_pretrained(phi_dir)
     compared = 0
-    for prediction, (prompt, _) in zip(predictions, read_examples(some_records, phi_dir), strict=True):
+    for prediction, (prompt, _) in zip(predictions, read_examples(record_rows, phi_dir), strict=True):
         ids, completion, is_decided = list(prompt), [], True
         for _ in range(8):
             with torch.no_grad():
@@ -223,4 +223,4 @@ def test_predict_generates_what_plain_peft_generates(
             assert prediction["completion"] == tokenizer.decode(completion)
             assert prediction["new_tokens"] == len(completion)
             assert prediction["finish_reason"] == ("stop" if len(completion) < 8 else "length")
-    assert compared >= len(some_records) // 2
+    assert compared >= len(record_rows) // 2

@@ -21,9 +21,9 @@ from lit_phi2.utils.paths import create_run_dir
 
 
 @pytest.fixture
-def arguments(phi_dir: Path, some_records: list[dict[str, str]], write_jsonl: Callable[..., Path]) -> list[str]:
+def arguments(phi_dir: Path, record_rows: list[dict[str, str]], write_jsonl: Callable[..., Path]) -> list[str]:
     """Arguments of any subcommand: twelve records on the small base."""
-    file = write_jsonl(list(some_records))
+    file = write_jsonl(list(record_rows))
     files = [f"--data.{split_name}_files={file}" for split_name in ("train", "val", "predict")]
     settings = {
         "run_name": "small",
@@ -51,7 +51,7 @@ def test_checkpoints_are_as_frequent_as_set_and_at_the_end(
     settings: dict[str, Any],
     expected: list[int],
     phi_dir: Path,
-    some_records: list[dict[str, str]],
+    record_rows: list[dict[str, str]],
     write_jsonl: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,7 +70,7 @@ def test_checkpoints_are_as_frequent_as_set_and_at_the_end(
     trainer = new_trainer(tmp_path, keep=True, accumulate_grad_batches=2)
     for name, value in settings.items():
         setattr(trainer, name, value)
-    trainer.fit(new_module(phi_dir), new_data(phi_dir, write_jsonl(list(some_records)), packing=False))
+    trainer.fit(new_module(phi_dir), new_data(phi_dir, write_jsonl(list(record_rows)), packing=False))
     assert sorted(set(steps)) == expected
 
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_interval_of_zero_is_refused(
 
 
 def test_a_validation_due_inside_a_window_waits_for_its_end(
-    phi_dir: Path, some_records: list[dict[str, str]], write_jsonl: Callable[..., Path], tmp_path: Path
+    phi_dir: Path, record_rows: list[dict[str, str]], write_jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Twelve micro-batches in accumulation windows of three, a validation due after 2, 4, 6, ...: one at each end."""
     validations: list[tuple[int, int]] = []
@@ -97,7 +97,7 @@ def test_a_validation_due_inside_a_window_waits_for_its_end(
     module = new_module(phi_dir)
     module.__class__ = Module
     trainer = new_trainer(tmp_path, keep=True, accumulate_grad_batches=3, val_check_interval=2)
-    trainer.fit(module, new_data(phi_dir, write_jsonl(list(some_records)), packing=False))
+    trainer.fit(module, new_data(phi_dir, write_jsonl(list(record_rows)), packing=False))
     assert validations == [(1, 3), (2, 6), (3, 9), (4, 12)]
 
 

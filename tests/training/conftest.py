@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 @pytest.fixture
-def train_file(write_jsonl: Callable[..., Path], some_records: list[dict[str, str]]) -> Path:
-    return write_jsonl(list(some_records))
+def train_file(write_jsonl: Callable[..., Path], record_rows: list[dict[str, str]]) -> Path:
+    return write_jsonl(list(record_rows))
 
 
 @pytest.fixture
