@@ -2,8 +2,7 @@
 
 import doctest
 import importlib
-import os
-import subprocess
+import runpy
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -65,11 +64,15 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
         "sweep",
     ],
 )
-def test_every_program_prints_its_help(program: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / f"{program}.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert f"scripts/{program}" in done.stdout  # the command to copy
+def test_every_program_prints_its_help(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ROOT / "scripts" / f"{program}.py")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(path, run_name="__main__")
+    assert stopped.value.code == 0
+    assert f"scripts/{program}" in capsys.readouterr().out  # the command to copy
 
 
 @pytest.mark.parametrize("measurement", [THROUGHPUT, STEP_SIZES], ids=["throughput", "step_sizes"])
