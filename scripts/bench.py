@@ -245,7 +245,7 @@ def check_start(run: Report, ours: Report, facts: Report) -> None:
     """Print a peer's loss at step 0 and its trained parameters; stop if they are not those of the same task."""
     differences = [abs(a / b - 1) for a, b in zip(run["nats_before"], ours["nats_before"], strict=True)]
     print(
-        f"| {run['peer']} | {run['loss_before']:.4f} | {max(differences):.2%} | {run['trained_parameters']:,} |",
+        f"| {run['peer']} | {run['loss_before']:.4f} | {max(differences):.2%} | {run['trainable_parameters']:,} |",
         flush=True,
     )
     if abs(run["loss_before"] / ours["loss_before"] - 1) > LOSS_TOLERANCE:
@@ -254,9 +254,9 @@ def check_start(run: Report, ours: Report, facts: Report) -> None:
             f"more than {LOSS_TOLERANCE:.0%} apart, so they do not run the same model on the same tokens."
         )
     expected = trainable_parameters(facts, fused=run["peer"] == "ours")
-    if run["trained_parameters"] != expected:
+    if run["trainable_parameters"] != expected:
         raise SystemExit(
-            f"bench: {run['peer']} trains {run['trained_parameters']:,} parameters; expected {expected:,}."
+            f"bench: {run['peer']} trains {run['trainable_parameters']:,} parameters; expected {expected:,}."
         )
 
 
@@ -386,7 +386,7 @@ def measure(args: argparse.Namespace) -> Report:
     report: Report = {
         "peer": args.worker,
         "threads": torch.get_num_threads(),
-        "trained_parameters": peer.trained_parameters,
+        "trainable_parameters": peer.trainable_parameters,
         "nats_before": nats_before,
         "loss_before": sum(nats_before) / supervised_tokens,
     }

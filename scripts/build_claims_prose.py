@@ -11,10 +11,10 @@ numbers and dates are drawn for each document, so the only way to predict one in
 notice. Most documents ask for many such values in few words and have few whole responses. Those come last, with
 --whole, where a file contains several requests. To respond to one in the template and stop is left to fine-tuning.
 
-People do not write like a program. With --among, a quarter of the requests are told in pieces and in any order, among
-sentences of foreign text, with values missing, or about a service and a fact that no file here has. The response names
-what the request contains and speaks of the rest in general terms, so that an unusual request gets a plain response
-instead of an invented one.
+People do not write like a program. With --among, a quarter of the requests are written in fragments and in any order,
+among sentences of foreign text, with values missing, or about a service and a fact that no file here has. The
+response names what the request contains and speaks of the rest in general terms, so that an unusual request gets a
+plain response instead of an invented one.
 """
 
 import argparse

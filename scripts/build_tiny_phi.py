@@ -569,7 +569,7 @@ float32 weights; no dropout.
 {tried}Losses are in nats per token; the training loss is the mean since the row above. One document in two hundred
 was held out, {num_held_out} tokens in all. As saved, in bfloat16, over the first 512 tokens of each, their loss is
 **{loss}.** Many medical documents share stock
-paragraphs with others, and claims prose is composed, which flatters these figures.
+paragraphs with others, and claims prose is composed, which flatters these numbers.
 
 Built by
 

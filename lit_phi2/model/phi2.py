@@ -147,7 +147,7 @@ def cached_attention(
     value = qkv[:, :, 2].transpose(1, 2)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attn.layer_idx)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
     dropout = attn.attention_dropout if attn.training else 0.0
-    attn_out, _ = attend(attn, query, key, value, attention_mask, dropout=dropout, scaling=attn.scaling, **kwargs)
+    attn_out, _ = attention(attn, query, key, value, attention_mask, dropout=dropout, scaling=attn.scaling, **kwargs)
     return attn_out.reshape(num_rows, num_tokens, -1, attn.head_dim)

@@ -141,7 +141,7 @@ class LoadedPeer:
     metrics: Callable[[], Report] = dict
 
     @property
-    def trained_parameters(self) -> int:
+    def trainable_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 

@@ -20,7 +20,7 @@ def test_gelu_equals_torchs_own(dtype: torch.dtype) -> None:
     """Reference: torch's GELU by tanh in float64, value and slope.
 
     The argument of the sigmoid is in the tens where the value still counts, and so is the rounding error that it
-    carries: 64 units in the last place of 1.
+    carries: 64 units in the last offset of 1.
     """
     x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-8, 300.0, -300.0])]).to(dtype)
     expected_x = x.double().clone().requires_grad_()
@@ -62,17 +62,17 @@ def test_residual_sum_scales_what_dropout_keeps() -> None:
 def test_dropout_masks_are_independent_and_seeded() -> None:
     """A tenth of 400,000 elements.
 
-    The dropped fraction is within five standard deviations in each of the four places of a 64-bit number, and is no
+    The dropped fraction is within five standard deviations in each of the four offsets in a 64-bit number, and is no
     more correlated between draws or neighbours than chance allows.
     """
     torch.manual_seed(3)
     state = torch.get_rng_state()
     first, second = (sample_dropout_mask(torch.empty(1000, 400), 6554).bool() for _ in range(2))
     p, spread = 6554 / 2**16, (0.1 * 0.9 / 100_000) ** 0.5
-    for place in range(4):
-        assert abs((~first).flatten()[place::4].float().mean() - p) < 5 * spread
-        in_both = (~first).flatten()[place::4] & (~second).flatten()[place::4]
-        neighbours = (~first).flatten()[place::4] & (~first).flatten().roll(-1)[place::4]
+    for offset in range(4):
+        assert abs((~first).flatten()[offset::4].float().mean() - p) < 5 * spread
+        in_both = (~first).flatten()[offset::4] & (~second).flatten()[offset::4]
+        neighbours = (~first).flatten()[offset::4] & (~first).flatten().roll(-1)[offset::4]
         for joint in (in_both, neighbours):
             assert abs(joint.float().mean() - p * p) < 5 * (p * p / 100_000) ** 0.5
     torch.set_rng_state(state)
