@@ -84,6 +84,17 @@ class Gradients(Callback):
         self.steps.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
 
 
+class DieAt(Callback):
+    """Fails at the first batch after a step, like a power cut."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LitPhi2, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
 def weights_of(module: LitPhi2) -> dict[str, Tensor]:
     assert module.phi is not None
     return adapter_state_dict(module.phi)

@@ -10,25 +10,22 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from helpers import DEVICES, TINY_CONFIG, Gradients, new_data, new_module, new_trainer, relative_difference, weights_of
+from helpers import (
+    DEVICES,
+    TINY_CONFIG,
+    DieAt,
+    Gradients,
+    new_data,
+    new_module,
+    new_trainer,
+    relative_difference,
+    weights_of,
+)
 from lit_phi2.cli.main import main
 from lit_phi2.data.collate import collate
-from lit_phi2.training.module import LitPhi2
-from lit_phi2.training.trainer import Trainer
 from lit_phi2.types import Example
 
 Jsonl = Callable[..., Path]
-
-
-class DieAt(Callback):
-    """Fails at the first batch after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LitPhi2, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("power cut")
 
 
 def run(

@@ -31,8 +31,8 @@ value = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), text, st
 valid = st.builds(
     lambda a, b: {"instruction": "Why " + a, "response": "So " + b}, *[st.sampled_from(["x", "y z", "é"])] * 2
 )
-partial_records = st.fixed_dictionaries({}, optional=dict.fromkeys(("id", "instruction", "input", "response", "x"), value))
-objects = st.one_of(valid, valid, partial_records).map(lambda row: json.dumps(row).encode())
+partial = st.fixed_dictionaries({}, optional=dict.fromkeys(("id", "instruction", "input", "response", "x"), value))
+objects = st.one_of(valid, valid, partial).map(lambda row: json.dumps(row).encode())
 invalid_lines = st.sampled_from(
     [
         b'{"instruction": "cut',

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from helpers import new_data, new_module, new_trainer, weights_of
+from helpers import DieAt, new_data, new_module, new_trainer, weights_of
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.training.module import LitPhi2
@@ -20,17 +20,6 @@ from lit_phi2.training.trainer import Trainer
 Jsonl = Callable[..., Path]
 EPOCHS, ACCUMULATE = 2, 5
 STEPS_PER_EPOCH = 3  # twelve records, one to a row, five to a window: 5, 5 and 2
-
-
-class DieAt(Callback):
-    """Fails at the first batch after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LitPhi2, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("power cut")
 
 
 def setup_run(phi_dir: Path, train_file: Path, **settings: Any) -> tuple[LitPhi2, ClaimsDataModule]:
