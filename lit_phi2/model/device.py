@@ -68,12 +68,17 @@ def has_native_bf16(device: torch.device) -> tuple[bool, str]:
         except (RuntimeError, TypeError):
             return False, "this Apple GPU or macOS has no bfloat16"
         return True, "this Apple GPU has bfloat16"
+    if instructions := cpu_bf16_instructions():
+        return True, f"this CPU has {instructions}"
+    return False, "this CPU has neither AMX nor AVX512-BF16, so bfloat16 weights are multiplied in float32"
+
+
+def cpu_bf16_instructions() -> str | None:
+    """The CPU's instructions for bfloat16 matmuls: AMX or AVX512-BF16; None without any."""
     # Private names, because torch has no public function for these; both exist in the pinned version.
     if torch.cpu._is_amx_tile_supported():
-        return True, "this CPU has AMX"
-    if torch.cpu._is_avx512_bf16_supported():
-        return True, "this CPU has AVX512-BF16"
-    return False, "this CPU has neither AMX nor AVX512-BF16, so bfloat16 weights are multiplied in float32"
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def disable_malloc_trim() -> bool:

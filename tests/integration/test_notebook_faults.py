@@ -13,6 +13,7 @@ from lit_phi2.cli.main import main
 from lit_phi2.data.collate import collate
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
+from lit_phi2.model import device
 from lit_phi2.model.device import choose_dtype
 from lit_phi2.types import IGNORE_INDEX, Batch
 
@@ -62,7 +63,7 @@ def test_wqkv_is_adapted_and_not_only_fc1_and_fc2(phi_dir: Path, train_file: Pat
 
 
 def test_auto_is_bfloat16_where_fast_and_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(device, "cpu_bf16_instructions", lambda: "AMX")
     assert choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16
     with pytest.raises(InputError, match="float16 is refused"):
         choose_dtype("float16", torch.device("cpu"))

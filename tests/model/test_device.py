@@ -4,20 +4,20 @@ import pytest
 import torch
 
 from lit_phi2.errors import InputError
+from lit_phi2.model import device
 from lit_phi2.model.device import choose_dtype
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("amx", "avx512_bf16", "message"),
-    [(True, True, "this CPU has AMX"), (False, True, "this CPU has AVX512"), (False, False, "multiplied in float32")],
+    ("instructions", "message"),
+    [("AMX", "this CPU has AMX"), ("AVX512-BF16", "this CPU has AVX512-BF16"), (None, "multiplied in float32")],
 )
 def test_auto_on_a_cpu_is_bfloat16_and_gives_the_reason(
-    amx: bool, avx512_bf16: bool, message: str, monkeypatch: pytest.MonkeyPatch
+    instructions: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(device, "cpu_bf16_instructions", lambda: instructions)
     dtype, reason = choose_dtype("auto", CPU)
     assert dtype == torch.bfloat16
     assert message in reason
