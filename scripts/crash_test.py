@@ -41,6 +41,7 @@ from lit_phi2.training.module import LitPhi2
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 PHASES = ("other", "step", "window", "validation", "checkpoint", "export", "completions", "predictions")
 PHASES_OF = {"fit": ("step", "window", "validation", "checkpoint", "export"), "predict": ("completions", "predictions")}
+ONCE = ("export", "predictions")  # phases that a run has once; of the others a kill may let up to two pass
 MAX_KILLS = 4  # of one command before it runs to its end
 RANDOM_FRACTION = 0.6  # of the kills come at a random time, whatever the phase
 # Curves that depend on the clock: their steps must be equal, their values cannot be.
@@ -137,14 +138,15 @@ def kill_repeatedly(
         if at_random:
             killer = kill_after(rng.uniform(0, duration))
         else:
-            killer = kill_in_phase(rng.choice(missing), rng.randrange(3), rng.random() ** 3 * 0.02)
+            phase = rng.choice(missing)
+            killer = kill_in_phase(phase, 0 if phase in ONCE else rng.randrange(3), rng.random() ** 3 * 0.02)
         try:
-            phase = killer(pid, page)
+            died_in = killer(pid, page)
         except EarlyEndError as error:
             sys.exit(f"{command} ended before it was killed, with {error}:\n{log.read_text()[-3000:]}")
-        if phase is None:
+        if died_in is None:
             return
-        kills[phase] += 1
+        kills[died_in] += 1
 
 
 class EarlyEndError(Exception):

@@ -43,12 +43,12 @@ def test_the_loss_falls_by_a_fifth_and_every_scalar_is_logged(run: Path) -> None
 
 
 def test_completions_of_the_adapter_hold_the_facts_and_stop(run: Path) -> None:
-    """Sixty test records, scored by `test`; the bounds allow for another machine's rounding.
+    """Forty test records, scored by `test`; the bounds allow for another machine's rounding.
 
     The base knows the facts too, but writes another request where it should stop.
     """
-    sixty = ["--data.test_files", "claims:test[:60]"]
-    assert main(["test", "--config", CONFIG, "--ckpt_path", str(run), *sixty]) == 0
+    forty = ["--data.test_files", "claims:test[:40]"]
+    assert main(["test", "--config", CONFIG, "--ckpt_path", str(run), *forty]) == 0
     metrics = json.loads((run / "test_metrics.json").read_text("utf-8"))
     adapter, base, copy_prompt, nearest = (
         {name: row["mean"] for name, row in metrics["completions"][system].items()}
