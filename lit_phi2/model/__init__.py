@@ -1,1 +1,1 @@
-"""Phi-2, its adapter, its loss, and the LightningModule around them; knows nothing of files of records."""
+"""Phi-2, its LoRA layers and its loss; independent of files of records."""
