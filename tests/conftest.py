@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # xdist gives each of two workers one half, in order: half of the slow files go to the front of each half.
     slow = [item for item in items if "slow" in item.keywords]
     quick = [item for item in items if "slow" not in item.keywords]
+    for item in slow:
+        item.add_marker(pytest.mark.timeout(900))  # seconds
     files = sorted({item.path for item in slow})
     first = [item for item in slow if files.index(item.path) % 2 == 0]
     second = [item for item in slow if files.index(item.path) % 2 == 1]

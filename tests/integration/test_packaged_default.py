@@ -11,7 +11,7 @@ from lit_phi2.cli.main import main
 
 CONFIG = str(TINY_CONFIG)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

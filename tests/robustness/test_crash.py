@@ -11,7 +11,6 @@ from helpers import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_run_killed_repeatedly_ends_in_the_same_bytes() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "crash_test.py"), "--kills", "8", "--each", "1", "--threads", "1"]
     result = subprocess.run(

@@ -29,7 +29,6 @@ def run_check(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_tiny_check_measures_every_part(tmp_path: Path) -> None:
     """In float32 the completions of both engines are equal, and a resumed run is the uninterrupted one."""
     generous = [argument for name in PARTS for argument in ("--limit", f"{name}=300")]  # other tests run beside this
