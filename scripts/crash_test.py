@@ -3,8 +3,8 @@
     one undisturbed fit and predict                   ->  adapter, samples, curves, predictions, durations
     fit, SIGKILL, fit --ckpt_path last, SIGKILL, ...  ->  the same bytes, every time
 
-    python scripts/crash_test.py                    120 kills, at least 10 in each phase; about a quarter of an hour
-    python scripts/crash_test.py --kills 6 --each 0 the short form of the tests
+    python scripts/crash_test.py                                  120 kills, at least 10 in each phase
+    python scripts/crash_test.py --kills 8 --each 1 --threads 1   the short form of the tests
 
 Most kills come at a random time of the run. The kills that a phase still lacks wait for the phase to begin and come
 inside it. The process itself reports its phase, in a page of memory that it shares with its killer. The runs have
