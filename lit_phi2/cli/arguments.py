@@ -8,6 +8,7 @@ jsonargparse lets the later argument win, so configs come first and flags win wh
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,11 @@ def _pop_option(arguments: Sequence[str], *names: str) -> tuple[list[str], list[
     return values, rest
 
 
-def allow_classes(classes: Sequence[str]) -> None:
+@contextmanager
+def classes_allowed(classes: Sequence[str]) -> Iterator[None]:
     """Let configs name these classes and ALLOWED_CLASSES, and nothing else that could be imported.
+
+    jsonargparse keeps what is allowed for the whole process, so it is withdrawn at the end.
 
     Raises:
         InputError: one of them is not the dotted path of a class.
@@ -88,6 +92,10 @@ def allow_classes(classes: Sequence[str]) -> None:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
     except ValueError as error:
         raise InputError(f"--allow_classes {','.join(classes)}: {error}") from error
+    try:
+        yield
+    finally:
+        set_parsing_settings(import_path_denylist=["*", *allowed])
 
 
 def resolve_config(path: str) -> str:

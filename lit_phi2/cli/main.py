@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_phi2.cli.app import CLI
-from lit_phi2.cli.arguments import allow_classes, configs_first, pop_allow_classes
+from lit_phi2.cli.arguments import classes_allowed, configs_first, pop_allow_classes
 from lit_phi2.errors import InputError, NonFiniteError, RunInterrupted
 from lit_phi2.utils.console import PEER_DIED, RESUME_HINT, escape_control_chars, set_up_logging
 
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up_logging(rank_zero_only.rank)
     try:
         rest, classes = pop_allow_classes(sys.argv[1:] if arguments is None else arguments)
-        allow_classes(classes)
-        CLI(configs_first(rest))
+        with classes_allowed(classes):
+            CLI(configs_first(rest))
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_ctrl_c(error):
             raise

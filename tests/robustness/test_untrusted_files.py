@@ -187,6 +187,8 @@ def test_an_allowed_class_cannot_call_another_function(tmp_path: Path, capsys: p
     allowed = "lightning.pytorch.callbacks.LambdaCallback,lightning.pytorch.callbacks.lambda_function.LambdaCallback"
     message = error_of(["inspect", "--config", str(config), "--allow_classes", allowed], capsys)
     assert "subprocess.call" in message
+    message = error_of(["inspect", "--config", str(config)], capsys)
+    assert "a config may name only" in message  # what one command line allows, the next in this process does not
 
 
 def test_control_characters_of_records_are_escaped_on_terminals(
