@@ -1,64 +1,65 @@
-"""Cache: the examples of large files, in Arrow on disk.
+"""Cache: the examples of large files, written once and then read from disk.
 
     files of up to 64 MiB    ->  lists in memory, nothing on disk    splits.py
-    larger files             ->  <cache_dir>/<hash of the key>/      examples.arrow, metadata.json
+    larger files             ->  <cache_dir>/<hash of the key>/      examples.arrow, metadata.json (arrow.py), key.json
 
-Arrow files are memory-mapped, so memory holds only the lengths, 8 bytes per record. The key contains everything that
-decides the examples: the state of the files, template, tokenizer and limits. A cache is written under a lock into a
-folder `<hash>.new` and then renamed, so that two runs that start together write it once, and a kill leaves no folder
-that looks complete.
+The key contains everything that decides the examples: the state of the files, the revision of hub datasets, template,
+tokenizer, reading options and limits. A cache is written under a lock into a folder `<hash>.new` and then renamed, so
+that two runs that start together write it once, and a kill leaves no folder that looks complete. Each process that
+reads it holds a lock on a file of its own, `<hash>.<random>.use`, so that a used cache is not removed
+(`cache_list.py`).
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import uuid
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.data.arrow import open_split, write_split
 from lit_phi2.data.prompts import TEMPLATE_VERSION
-from lit_phi2.data.records import Fact, InvalidRecord, Record
+from lit_phi2.data.sources import CLAIMS_DIR
 from lit_phi2.data.splits import ExampleSource, Split, SplitBuilder
-from lit_phi2.errors import InputError
-from lit_phi2.types import Example
 from lit_phi2.utils.files import atomic_write, tree_digest
-from lit_phi2.utils.sequences import Item, LazySequence, batched
+from lit_phi2.utils.locks import LockedError, file_lock
 
 log = logging.getLogger(__name__)
 
 MAX_IN_MEMORY_BYTES = 64 * 2**20  # size of the files; their examples take up to ten times as much memory
-CACHE_FORMAT = 2  # of the files below; part of the key
+CACHE_FORMAT = 3  # of the files in a cache, and of the records that are read from a source; part of the key
+KEY_FILE = "key.json"
 
-_BATCH_RECORDS = 1000  # records in an Arrow batch, which is the unit of a lookup
-_TEXT_COLUMNS = ("id", "instruction", "input", "response", "location", "category", "form")
+_COMPRESSED = (".gz", ".zst")
+_COMPRESSION_RATIO = 5  # of text; compressed records take as much memory as others
+_HUB_TIMEOUT = 10.0  # seconds
 
 
-def is_large(sources: list[str]) -> bool:
-    """Whether the files of the sources together exceed MAX_IN_MEMORY_BYTES; packaged and hub sources do not count."""
+def is_large(sources: Sequence[str]) -> bool:
+    """Whether the files together exceed MAX_IN_MEMORY_BYTES; packaged and hub sources do not count."""
     files = [Path(source).expanduser() for source in sources]
-    return sum(file.stat().st_size for file in files if file.is_file()) > MAX_IN_MEMORY_BYTES
+    return sum(_text_bytes(file) for file in files if file.is_file()) > MAX_IN_MEMORY_BYTES
 
 
-def cache_key(sources: list[str], tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
+def cache_key(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
     """Everything that decides the examples.
 
     Args:
-        sources: as named in the config.
+        sources: files, claims: and hub:, after folders and globs are expanded.
         tokenizer: of the base.
-        options: fields, limits and hold-out, as values that JSON can hold.
+        options: of reading, limits and hold-out, as values that JSON can hold.
     """
     return {
         "format": CACHE_FORMAT,
-        "sources": sources,
-        "files": [_file_state(Path(source).expanduser()) for source in sources],
+        "sources": list(sources),
+        "states": [_source_state(source) for source in sources],
         "template": TEMPLATE_VERSION,
         "tokenizer": tree_digest([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]),
         **options,
@@ -71,7 +72,7 @@ def load_or_build_cache(
     """The split from the cache; the first run writes it.
 
     Args:
-        sources: as named in the config.
+        sources: the files that `source` reads.
         source: reads and encodes the records.
         skip: whether overlong records are skipped; otherwise they are invalid.
         cache_dir: contains the caches.
@@ -82,154 +83,120 @@ def load_or_build_cache(
         OSError: the disk is full or not writable.
     """
     names = ", ".join(sources)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir / digest
-    if not folder.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(
-            cache_dir / f"{digest}.lock", f"{names}: waiting for another run that is tokenizing the same files"
-        ):
-            if not folder.is_dir():  # another run may have written it while this one waited
-                log.info("%s: large, so tokenized once, into %s", names, folder)
-                _write(folder, SplitBuilder(source, skip=skip), sources)
+    key = _with_known_revisions(key, cache_dir)
+    folder = cache_dir / _digest(key)
+    with ExitStack() as lock:
+        try:
+            waiting = f"{names}: waiting for another process that works on the same cache, {folder}"
+            lock.enter_context(file_lock(lock_file(folder), waiting=waiting))
+        except OSError:
+            if not folder.is_dir():
+                raise  # otherwise the folder is read-only, and nothing can remove the cache
+        if not folder.is_dir():
+            log.info("%s: large, so tokenized once, into %s", names, folder)
+            _build(folder, SplitBuilder(source, skip=skip), sources, key)
+        split = open_split(folder)
+        _hold(folder, split)
     size = sum(file.stat().st_size for file in folder.iterdir())
     log.info("%s: reading tokens from %s, %.1f GB", names, folder, size / 1e9)
-    return _open(folder, sources)
+    return split
 
 
-def _file_state(file: Path) -> list[Any] | None:
-    """Values that change whenever the file changes; None for a source that is not a local file."""
+def lock_file(folder: Path) -> Path:
+    """What a process locks while it writes, opens or removes a cache."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def is_used(folder: Path) -> bool:
+    """Whether a process reads the cache; the files that killed processes left are removed."""
+    used = False
+    for file in folder.parent.glob(f"{folder.name}.*.use"):
+        try:
+            with file_lock(file, waiting=None):  # free: its process has ended; the file is removed
+                pass
+        except LockedError:
+            used = True
+    return used
+
+
+def file_state(file: Path) -> list[Any] | None:
+    """Values that change whenever the file changes; None if there is no such file."""
     if not file.is_file():
         return None
     stat = file.stat()
     return [str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-@contextmanager
-def _locked(file: Path, waiting_message: str) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the system releases it however the process ends."""
-    with file.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info(waiting_message)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _text_bytes(file: Path) -> int:
+    """The size of a file; about that of its text if it is compressed."""
+    ratio = _COMPRESSION_RATIO if file.suffix.lower() in _COMPRESSED else 1
+    return file.stat().st_size * ratio
 
 
-# Writing
+def _source_state(source: str) -> list[Any] | str | None:
+    """The state of a file, the revision of a hub dataset."""
+    if source.startswith("hub:"):
+        return _hub_revision(source)
+    if source.startswith("claims:"):
+        return file_state(CLAIMS_DIR / f"{source.removeprefix('claims:').partition('[')[0]}.jsonl")
+    return file_state(Path(source).expanduser())
 
 
-def _write(folder: Path, builder: SplitBuilder, sources: list[str]) -> None:
+def _hub_revision(source: str) -> str | None:
+    """The commit of a hub dataset; None without a network."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(source.removeprefix("hub:").partition(":")[0], timeout=_HUB_TIMEOUT).sha
+    except Exception as error:  # network, name or permission; reading the rows then says what is wrong
+        log.info("%s: the revision is not known without a network (%s)", source, type(error).__name__)
+        return None
+
+
+def _with_known_revisions(key: dict[str, Any], cache_dir: Path) -> dict[str, Any]:
+    """The key; where a hub revision is unknown, that of the cache last used that is equal in everything else."""
+    sources, states = key.get("sources", []), key.get("states", [])
+    unknown = [
+        index
+        for index, (source, state) in enumerate(zip(sources, states, strict=True))
+        if source.startswith("hub:") and state is None
+    ]
+    candidates = sorted(cache_dir.glob(f"*/{KEY_FILE}"), key=_last_used, reverse=True) if unknown else []
+    for file in candidates:
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError):  # not a cache of this format
+            other = json.loads(file.read_text("utf-8"))
+            completed = [other["states"][index] if index in unknown else state for index, state in enumerate(states)]
+            if other == json.loads(json.dumps({**key, "states": completed})):
+                log.info("%s: reading the revision that was cached", ", ".join(sources[index] for index in unknown))
+                return {**key, "states": completed}
+    return key
+
+
+def _last_used(file: Path) -> float:
+    return file.parent.stat().st_mtime
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build(folder: Path, builder: SplitBuilder, sources: list[str], key: dict[str, Any]) -> None:
     tmp_folder = folder.with_name(folder.name + ".new")
     shutil.rmtree(tmp_folder, ignore_errors=True)  # left by a run that was killed
     tmp_folder.mkdir()
     try:
-        _write_examples(tmp_folder / "examples.arrow", builder)
-        split = builder.build(sources, [], [])
-        metadata = {
-            "sources": sources,
-            "digest": split.digest,
-            "truncated": split.truncated,
-            "invalid": [asdict(record) for record in split.invalid],
-            "skipped": [asdict(record) for record in split.skipped],
-        }
-        atomic_write(tmp_folder / "metadata.json", json.dumps(metadata) + "\n")
+        write_split(tmp_folder, builder, sources)
+        atomic_write(tmp_folder / KEY_FILE, json.dumps(key) + "\n")
         tmp_folder.replace(folder)
     except BaseException:
         shutil.rmtree(tmp_folder, ignore_errors=True)
         raise
 
 
-def _write_examples(file: Path, builder: SplitBuilder) -> None:
-    import pyarrow as pa  # type: ignore[import-untyped]  # slow to import, and most runs do not need it
-
-    text = pa.large_string()  # string columns are limited to 2 GB in a batch
-    schema = pa.schema(
-        [(name, text) for name in (*_TEXT_COLUMNS, "facts")]
-        + [("prompt_length", pa.int32()), ("truncated", pa.bool_()), ("ids", pa.large_list(pa.int32()))]
-    )
-    try:
-        with file.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in batched(builder, _BATCH_RECORDS):
-                rows = [_to_row(record, example) for record, example in batch]
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-            writer.close()
-            sink.flush()
-            os.fsync(sink.fileno())
-    except OSError as error:  # name the folder: the file is in a temporary one
-        raise OSError(error.errno, error.strerror, str(file.parent)) from error
-
-
-def _to_row(record: Record, example: Example) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in _TEXT_COLUMNS} | {
-        "facts": json.dumps([asdict(fact) for fact in record.facts]) if record.facts else "",
-        "prompt_length": example.prompt_length,
-        "truncated": example.truncated,
-        "ids": example.ids,
-    }
-
-
-# Reading
-
-
-def _open(folder: Path, sources: list[str]) -> Split:
-    import pyarrow as pa
-
-    try:
-        metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
-        file = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
-        batches = [file.get_batch(number) for number in range(file.num_record_batches)]
-        lengths = [np.diff(batch["ids"].offsets.to_numpy()).astype(np.int32) for batch in batches]
-        prompt_lengths = [batch["prompt_length"].to_numpy() for batch in batches]
-        digest, truncated = metadata["digest"], metadata["truncated"]
-        invalid, skipped = ([InvalidRecord(**fields) for fields in metadata[name]] for name in ("invalid", "skipped"))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's own errors are ValueErrors
-        raise InputError(
-            f"data.cache_dir: {folder} is damaged ({error}). Delete it; the next run builds it again."
-        ) from error
-    num_tokens = np.concatenate([np.zeros(0, np.int32), *lengths])
-    return Split(
-        sources,
-        ArrowSequence(batches, len(num_tokens), _read_example),
-        ArrowSequence(batches, len(num_tokens), _read_record),
-        num_tokens,
-        num_tokens - np.concatenate([np.zeros(0, np.int32), *prompt_lengths]),
-        digest,
-        truncated,
-        invalid,
-        skipped,
-    )
-
-
-class ArrowSequence(LazySequence[Item]):
-    """Items that are read from rows of Arrow batches when they are indexed.
-
-    Args:
-        batches: Arrow batches of _BATCH_RECORDS rows; the last may be shorter.
-        length: rows in all batches.
-        read: batch, row -> item.
-    """
-
-    def __init__(self, batches: list[Any], length: int, read: Callable[[Any, int], Item]) -> None:
-        self.batches = batches
-        self.length = length
-        self.read = read
-
-    def __len__(self) -> int:
-        return self.length
-
-    def get(self, index: int) -> Item:
-        batch, row = divmod(index, _BATCH_RECORDS)
-        return self.read(self.batches[batch], row)
-
-
-def _read_example(batch: Any, row: int) -> Example:
-    record_id, prompt_length, truncated = (batch[name][row].as_py() for name in ("id", "prompt_length", "truncated"))
-    return Example(record_id, batch["ids"][row].values.to_numpy().tolist(), prompt_length, truncated)
-
-
-def _read_record(batch: Any, row: int) -> Record:
-    texts = {name: batch[name][row].as_py() for name in _TEXT_COLUMNS}
-    facts = json.loads(batch["facts"][row].as_py() or "[]")
-    return Record(**texts, facts=tuple(Fact(**fact) for fact in facts))
+def _hold(folder: Path, split: Split) -> None:
+    """Mark the cache as used for as long as the split exists, and now as the time of its last use."""
+    use = ExitStack()
+    with suppress(OSError):  # a read-only folder
+        use.enter_context(file_lock(folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.use"), waiting=None))
+        os.utime(folder)
+    weakref.finalize(split.examples, use.close)

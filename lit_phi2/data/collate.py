@@ -43,6 +43,15 @@ def collate(examples: Sequence[Example], rows: Sequence[Row], *, loss_weight: fl
             labels[row_index, start + example.prompt_length : end] = ids[example.prompt_length :]
             start = end
         position_ids[row_index, start:] = torch.arange(size[1] - start)
-    record_ids = [examples[index].id for row in rows for index in row]
-    supervised = sum(examples[index].supervised_tokens for row in rows for index in row)
-    return Batch(input_ids, position_ids, labels, record_ids, sum(num_tokens), supervised, loss_weight, seed)
+    laid_out = [examples[index] for row in rows for index in row]
+    return Batch(
+        input_ids,
+        position_ids,
+        labels,
+        record_ids=[example.id for example in laid_out],
+        num_tokens=sum(num_tokens),
+        supervised_tokens=sum(example.supervised_tokens for example in laid_out),
+        loss_weight=loss_weight,
+        seed=seed,
+        locations=[example.location for example in laid_out],
+    )

@@ -1,14 +1,15 @@
 """ClaimsDataModule: files in, batches out; it only arranges the other modules of data/.
 
-    setup      sources -> records -> examples -> Split     every invalid record is reported before a model is loaded
-    loaders    Split -> schedule -> collate -> Batch       from the current position of the run
+    setup      sources -> files -> records -> examples -> Split    every fault is reported before a model is loaded
+    loaders    Split -> schedule -> collate -> Batch               from the current position of the run
 
 The train loader computes its start from the number of optimizer steps when it is iterated, so a resumed run needs no
 saved state of a loader.
 """
 
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ import numpy as np
 from lightning.pytorch.core.datamodule import LightningDataModule  # this module is typed for mypy (pyproject.toml)
 from transformers import PreTrainedTokenizerBase
 
-from lit_phi2.data.cache import cache_key, is_large, load_or_build_cache
+from lit_phi2.data import arguments
+from lit_phi2.data.chat import TURNS
 from lit_phi2.data.collate import collate
-from lit_phi2.data.encode import iter_examples, token_budget
+from lit_phi2.data.encode import ON_OVERLONG, token_budget
+from lit_phi2.data.load_split import load_split
 from lit_phi2.data.loaders import LengthSortedPrompts, ScheduleLoader
+from lit_phi2.data.overlap import drop_repeated, overlap_warnings, training_prompt_warnings
 from lit_phi2.data.packing import Array
-from lit_phi2.data.records import FieldNames, InvalidRecord, Record, iter_records, raise_invalid, read_records
+from lit_phi2.data.readers.encodings import check_encoding
+from lit_phi2.data.records import FieldNames, ReadOptions, Record, read_records
 from lit_phi2.data.schedule import (
     BatchingConfig,
     MicroBatch,
@@ -31,12 +36,16 @@ from lit_phi2.data.schedule import (
     num_steps,
     training_schedule,
 )
-from lit_phi2.data.splits import EncodeResult, Split, build_split, explain_empty, hold_out, separate_invalid
+from lit_phi2.data.sources import expand_sources
+from lit_phi2.data.split_checks import check_prompts_fit, check_splits, truncation_warnings
+from lit_phi2.data.splits import Split
 from lit_phi2.errors import InputError
 from lit_phi2.pretrained import load_tokenizer, read_model_config, resolve_base_model
 from lit_phi2.types import Batch, PromptBatch
+from lit_phi2.utils.arguments import keep_arguments
+from lit_phi2.utils.paths import expand_user
 
-DEFAULT_VAL_FRACTION = 0.1
+log = logging.getLogger(__name__)
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
@@ -45,40 +54,46 @@ class ClaimsDataModule(LightningDataModule):
     """Instruction/response records, tokenized for the base and packed.
 
     Args:
-        train_files: a path, a list of paths, claims:SPLIT (packaged; claims:train[:1700] is its first 1,700 records) or
-            hub:owner/name[:split]. The ending gives the format: .jsonl, .json, .csv or .parquet.
-        val_files: as train_files; null takes val_fraction of the training records.
+        train_files: a file, a folder, a pattern, or a list; a pattern is such as data/*.jsonl. Also claims:SPLIT
+            (packaged; claims:train[:1700] is its first 1,700 records) and hub:owner/name[:split]. The ending gives
+            the format: .jsonl, .json, .csv, .tsv or .parquet, each also with .gz or .zst.
+        val_files: null takes val_fraction of train_files; otherwise as train_files.
         test_files: as train_files.
         predict_files: as train_files; the response is optional.
-        instruction_field: name of the field with the instruction.
-        input_field: name of the field with the input; records may lack it.
-        response_field: name of the field with the response.
-        id_field: name of the field with the id; a record without one gets <file name>:<line>.
-        val_fraction: share of the records used for validation if val_files is null. Records with the same prompt stay
-            together.
-        max_length: tokens in an example, EOS included, and in a packed row.
+        instruction_field: field with the instruction; null: as the form of the file has it.
+        input_field: field with the input; records may lack it.
+        response_field: field with the response.
+        id_field: field with the id; a record without one gets <file name>:<line>.
+        turns: error, first or last; which exchange of a conversation is the record, error refuses several.
+        encoding: of text files, such as cp1252; null takes UTF-8, or UTF-16 by its byte order mark.
+        val_fraction: share to hold out if val_files is null; records with the same prompt stay together.
+        max_length: tokens in an example, and in a packed row; EOS included.
         packing: put several examples into a row; they do not attend to each other.
         batch_size: rows in a micro-batch.
-        on_overlong: truncate (shortens the input section only), skip or error.
-        on_bad_record: error lists every invalid record and stops; skip leaves them out and writes rejected.jsonl.
-        cache_dir: where the tokens and texts of files above 64 MiB are stored; null takes the folder cache in
-            trainer.default_root_dir. Smaller files are not stored.
+        on_overlong: truncate, skip or error; truncate shortens the input section only.
+        on_bad_record: error or skip; error lists every invalid record and stops, skip leaves them out and writes
+            rejected.jsonl.
+        cache_dir: folder for the tokens of large files; those above 64 MiB are stored, with their texts. null takes the
+            folder cache in trainer.default_root_dir.
         base: linked from model.base.
         max_new_tokens: linked from model.max_new_tokens.
         seed: linked from seed_everything.
     """
 
+    @keep_arguments
     def __init__(
         self,
         train_files: str | list[str] = "claims:train",
         val_files: str | list[str] | None = "claims:validation",
         test_files: str | list[str] = "claims:test",
         predict_files: str | list[str] = "claims:test",
-        instruction_field: str = "instruction",
-        input_field: str = "input",
-        response_field: str = "response",
-        id_field: str = "id",
-        val_fraction: float = DEFAULT_VAL_FRACTION,
+        instruction_field: str | None = None,
+        input_field: str | None = None,
+        response_field: str | None = None,
+        id_field: str | None = None,
+        turns: str = "error",
+        encoding: str | None = None,
+        val_fraction: float = arguments.DEFAULT_VAL_FRACTION,
         max_length: int = 512,
         packing: bool = True,
         batch_size: int = 1,
@@ -90,8 +105,16 @@ class ClaimsDataModule(LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # predict with fewer batches than processes
+        arguments.check_choice(TURNS, turns=turns)
+        check_encoding(encoding)
+        arguments.check_val_fraction(val_fraction, val_files)
+        arguments.check_positive(max_length=max_length, batch_size=batch_size)
+        arguments.check_choice(ON_OVERLONG, on_overlong=on_overlong)
+        arguments.check_choice(("error", "skip"), on_bad_record=on_bad_record)
         self.files = {"train": train_files, "val": val_files, "test": test_files, "predict": predict_files}
-        self.fields = FieldNames(instruction_field, input_field, response_field, id_field)
+        fields = FieldNames(instruction_field, input_field, response_field, id_field)
+        self.read_options = ReadOptions(fields, turns, encoding)
         self.val_fraction = val_fraction
         self.max_length = max_length
         self.packing = packing
@@ -104,36 +127,51 @@ class ClaimsDataModule(LightningDataModule):
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
-        self.completed: Array = np.zeros(
-            0, np.int64
-        )  # indices in predict_files that an interrupted predict has completed
-        self._check_arguments()
+        # Indices in predict_files that an interrupted predict has completed.
+        self.completed: Array = np.zeros(0, np.int64)
 
     def setup(self, stage: str) -> None:
-        """Read, validate and tokenize the splits of a stage; splits that exist already are not read again.
+        """Read, validate and tokenize the splits of a stage, and log the warnings of `read`."""
+        for warning in self.read(stage):
+            log.warning(warning)
+
+    def read(self, stage: str) -> list[str]:
+        """What setup does; splits that exist already are not read again.
+
+        Returns:
+            Warnings: files given twice, inputs that were shortened, and what the splits share.
 
         Raises:
             InputError: a source cannot be used or, unless on_bad_record is skip, a record is invalid.
         """
-        names = _STAGES[stage]
+        names, held_out = _STAGES[stage], None
         if "val" in names and self.files["val"] is None:
-            names = ("train", "val")  # both are parts of train_files
+            names, held_out = ("train", "val"), self.val_fraction  # both are parts of train_files
         names = tuple(name for name in names if name not in self.splits)
         if not names:
-            return
-        base = resolve_base_model(self.base)
-        context = int(read_model_config(base)["max_position_embeddings"])
+            return []
+        base, context = resolve_base_model(self.base), self._context()
         budgets = [token_budget(name, self.max_length, self.max_new_tokens, context, self.base) for name in names]
         self.tokenizer = self.tokenizer or load_tokenizer(base)
-        splits = {name: self._read_split(name, budget) for name, budget in zip(names, budgets, strict=True)}
-        if self.on_bad_record == "error":
-            setting = " and ".join(f"data.{name}_files" for name, split in splits.items() if split.invalid)
-            raise_invalid([record for split in splits.values() for record in split.invalid], setting=setting)
-        for name, split in splits.items():
-            if not split.examples:
-                held_out = self.files["val"] is None
-                raise InputError(explain_empty(name, splits, self.val_fraction, held_out=held_out))
+        splits: dict[str, Split] = {}
+        warnings: list[str] = []
+        for name, budget in zip(names, budgets, strict=True):
+            sources, repeated = self._sources(name)
+            splits[name] = load_split(
+                name,
+                sources,
+                self.read_options,
+                self.tokenizer,
+                max_length=budget,
+                on_overlong=self.on_overlong,
+                held_out=held_out,
+                cache_dir=self.cache_folder(),
+            )
+            warnings += [warning for warning in repeated if warning not in warnings]
+        check_splits(splits, allow_invalid=self.on_bad_record == "skip", held_out=held_out)
         self.splits |= splits
+        warnings += truncation_warnings(splits)
+        return warnings + overlap_warnings(self.splits, new=names, held_out=held_out is not None)
 
     def train_dataloader(self) -> "ScheduleLoader[MicroBatch, Batch]":
         # The length is that of a whole epoch, because Lightning itself applies limit_train_batches to it.
@@ -172,28 +210,24 @@ class ClaimsDataModule(LightningDataModule):
         Raises:
             InputError: a prompt is too long; names the first.
         """
-        context = int(read_model_config(resolve_base_model(self.base))["max_position_embeddings"])
-        split = self.splits[split_name]
-        prompt_lengths = (split.lengths - split.supervised)[:count]
-        for index in np.flatnonzero(prompt_lengths + self.max_new_tokens > context).tolist():
-            example = split.examples[index]
-            raise InputError(
-                f"model.max_new_tokens: {self.max_new_tokens} after the {example.prompt_length} tokens of prompt "
-                f"{example.id!r} in data.{split_name}_files is more than the {context} positions of base "
-                f"{self.base!r}. "
-                "Lower it, or data.max_length, or measure the loss alone with --max_completions 0."
-            )
+        split, context = self.splits[split_name], self._context()
+        check_prompts_fit(split, count, split_name, self.max_new_tokens, context, self.base)
 
     def training_records(self) -> list[Record]:
         """The records of train_files as text, for the nearest-record baseline of test.
 
+        Logs a warning if records of test have the same prompts.
+
         Raises:
             InputError: a source cannot be read, or none of its records is valid.
         """
-        sources = self._sources("train")
-        records, invalid = read_records(sources, self.fields, needs_response=True)
+        sources, _ = self._sources("train")
+        records, invalid = read_records(sources, self.read_options, needs_response=True)
         if not records:
             raise InputError(f"{', '.join(sources)}: none of the records can be used. The first: {invalid[0]}")
+        if "test" in self.splits and "train" not in self.splits:  # otherwise they were compared in setup
+            for warning in training_prompt_warnings(records, self.splits["test"]):
+                log.warning(warning)
         return records
 
     def batching(self) -> BatchingConfig:
@@ -223,6 +257,7 @@ class ClaimsDataModule(LightningDataModule):
         batching = self.batching()
         return {
             "train_data_digest": self.splits["train"].digest,
+            "val_data_digest": self.splits["val"].digest,
             "data.max_length": self.max_length,
             "data.packing": self.packing,
             "data.batch_size": self.batch_size,
@@ -234,53 +269,21 @@ class ClaimsDataModule(LightningDataModule):
             ),
         }
 
-    def _check_arguments(self) -> None:
-        if self.on_bad_record not in ("error", "skip"):
-            raise InputError(f"data.on_bad_record: {self.on_bad_record!r} is unknown; expected 'error' or 'skip'.")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"data.val_fraction: {self.val_fraction} is not between 0 and 1.")
-        if self.val_fraction != DEFAULT_VAL_FRACTION and self.files["val"] is not None:
-            raise InputError(
-                f"data.val_fraction: {self.val_fraction} has no effect while data.val_files is {self.files['val']!r}. "
-                "Set data.val_files to null, or leave val_fraction out."
-            )
-        for name in ("max_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"data.{name}: {getattr(self, name)} is less than 1.")
-
-    def _sources(self, split_name: str) -> list[str]:
-        files = self.files[split_name]
-        sources = [files] if isinstance(files, str) else list(files or [])
-        if not sources or not all(sources):
-            raise InputError(f"data.{split_name}_files: is empty; expected a path or a list of paths.")
-        return sources
-
-    def _read_split(self, split_name: str, max_length: int) -> Split:
-        """Read and encode a split, through the cache if its files are large."""
-        held_out = self.files["val"] is None and split_name in ("train", "val")
-        sources = self._sources("train" if held_out else split_name)
-        with_response = split_name != "predict"
-        record_options: dict[str, Any] = {"needs_response": with_response, "with_facts": split_name == "test"}
-        limits: dict[str, Any] = {"max_length": max_length, "on_overlong": self.on_overlong}
-        tokenizer = self.tokenizer
-        assert tokenizer is not None
-
-        def source(invalid: list[InvalidRecord]) -> Iterator[EncodeResult]:
-            rows = iter_records(sources, self.fields, **record_options)
-            if held_out:
-                rows = hold_out(rows, split_name, self.val_fraction)
-            records = separate_invalid(rows, invalid)
-            return iter_examples(records, tokenizer, **limits, with_response=with_response)
-
-        skip = self.on_overlong == "skip"
-        if not is_large(sources):
-            return build_split(sources, source, skip=skip)
-        part = (split_name, self.val_fraction) if held_out else None
-        fields = asdict(self.fields)
-        key = cache_key(sources, tokenizer, fields=fields, held_out=part, **record_options, **limits)
+    def cache_folder(self) -> Path:
+        """Where the caches of large files are."""
         root = Path(self.trainer.default_root_dir if self.trainer else "runs")
-        cache_dir = Path(self.cache_dir).expanduser() if self.cache_dir else root / "cache"
-        return load_or_build_cache(sources, source, skip=skip, cache_dir=cache_dir, key=key)
+        return expand_user(self.cache_dir, "data.cache_dir") if self.cache_dir else root / "cache"
+
+    def _sources(self, split_name: str) -> tuple[list[str], list[str]]:
+        """The files of a split, each once, and a warning if some are named twice."""
+        if split_name == "val" and self.files["val"] is None:
+            split_name = "train"
+        named = arguments.list_sources(split_name, self.files[split_name])
+        return drop_repeated(expand_sources(named), f"data.{split_name}_files")
+
+    def _context(self) -> int:
+        """Positions of the base."""
+        return int(read_model_config(resolve_base_model(self.base))["max_position_embeddings"])
 
     def _num_rows(self) -> int:
         split = self.splits["train"]

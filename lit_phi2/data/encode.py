@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.data.invalid import InvalidRecord
 from lit_phi2.data.prompts import format_prompt
-from lit_phi2.data.records import InvalidRecord, Record
-from lit_phi2.data.text import shorten
+from lit_phi2.data.records import Record
 from lit_phi2.errors import InputError
 from lit_phi2.types import Example
 from lit_phi2.utils.sequences import batched
@@ -98,7 +98,7 @@ def iter_examples(
             response = [*responses[index], tokenizer.eos_token_id] if responses is not None else []
             prompt, clip = prompts[index], clipped[index]
             if len(prompt) + len(response) <= max_length:
-                yield record, Example(record.id, prompt + response, len(prompt))
+                yield record, Example(record.id, prompt + response, len(prompt), location=record.location)
             else:
                 yield record, _fit(record, clip, prompt, response, tokenizer, max_length, on_overlong)
 
@@ -158,10 +158,10 @@ def _fit(
     if on_overlong == "truncate":
         truncated = _truncate_input(clipped, max_length - len(response), tokenizer)
         if truncated is not None:
-            return Example(record.id, truncated + response, len(truncated), truncated=True)
+            return Example(record.id, truncated + response, len(truncated), truncated=True, location=record.location)
     raw = {name: getattr(record, name) for name in ("id", "instruction", "input", "response")}
     at_least = "" if clipped is record else "at least "
-    message = _overlong_message(record, at_least, len(prompt), len(response), max_length, on_overlong)
+    message = _overlong_message(at_least, len(prompt), len(response), max_length, on_overlong)
     return InvalidRecord(record.location, message, json.dumps(raw, ensure_ascii=False))
 
 
@@ -187,7 +187,7 @@ def _truncate_input(record: Record, token_budget: int, tokenizer: PreTrainedToke
 
 
 def _overlong_message(
-    record: Record, at_least: str, prompt_tokens: int, response_tokens: int, max_length: int, on_overlong: str
+    at_least: str, prompt_tokens: int, response_tokens: int, max_length: int, on_overlong: str
 ) -> str:
     if response_tokens >= max_length:
         problem = f"has a response of {at_least}{response_tokens} tokens, EOS included"
@@ -197,4 +197,4 @@ def _overlong_message(
     cure = "Raise data.max_length, or shorten the record"
     if response_tokens == 0:  # predict: the limit is the base's context minus max_new_tokens
         cure = "Lower model.max_new_tokens, or shorten the record"
-    return f"record {shorten(record.id)!r} {problem}; the limit is {max_length}{reason}. {cure}."
+    return f"{problem}; the limit is {max_length}{reason}. {cure}."

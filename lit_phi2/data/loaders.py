@@ -8,7 +8,7 @@ moment from the position of the run and stores no state of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,13 @@ class ScheduleLoader(Generic[Item, Out]):
 
     def __len__(self) -> int:
         return self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; with this method Lightning knows that the loader continues where a resumed run is."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing."""
 
     def __iter__(self) -> Iterator[Out]:
         # schedule() is called here and not at the first batch: Lightning calls iter() when the run's position is right.

@@ -17,6 +17,7 @@ INSTRUCTION_HEADER = "### Instruction:"
 INPUT_HEADER = "### Input:"
 RESPONSE_HEADER = "### Response:"
 HEADERS = (INSTRUCTION_HEADER, INPUT_HEADER, RESPONSE_HEADER)
+_HEADER_START = "### "  # of each of them
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
@@ -34,13 +35,16 @@ def format_prompt(instruction: str, input: str = "") -> str:
 def find_template_header(text: str) -> str | None:
     """The first section header of the template that begins a line of the text, or None.
 
-    The model would see a second instruction or response in such a text, so records that contain one are invalid.
+    The model would see a second instruction or response in such a text, so records that contain one are invalid. Every
+    line end that Unicode knows counts, also one that no file is divided at: to refuse is the safe side.
 
     >>> find_template_header("see below\\n### Response: none")
     '### Response:'
     >>> find_template_header("the words ### Response: inside a line") is None
     True
     """
+    if _HEADER_START not in text:  # nearly all texts, in a twentieth of the time
+        return None
     for line in text.splitlines():
         for header in HEADERS:
             if line.startswith(header):

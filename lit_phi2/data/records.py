@@ -4,7 +4,7 @@
     claims.jsonl:18   {"id": "c-18", "instruction": "Why ..."}                         ->  InvalidRecord
 
 Invalid records are collected and not raised, so that one pass over the data names them all. Messages contain field
-names and ids but no text of a record (a malformed fact excepted): logs are shared more freely than claims.
+names and locations, and neither a text nor an id of a record: logs are shared more freely than claims.
 
 This module loads neither torch nor transformers, so a file can be validated in a fraction of a second.
 """
@@ -15,40 +15,52 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lit_phi2.data.chat import TURNS
 from lit_phi2.data.duplicate_ids import DuplicateIdIndex, Position
-from lit_phi2.data.prompts import find_template_header
-from lit_phi2.data.sources import UnparsableRow, read_rows
-from lit_phi2.data.text import describe_kind, is_valid_unicode, quote_list, shorten, to_raw_json
+from lit_phi2.data.facts import Fact, read_facts, read_groups
+from lit_phi2.data.formats import (
+    FieldNames,
+    RecordForm,
+    Texts,
+    find_form,
+    is_complete,
+    missing_error,
+    no_form_error,
+    possible_forms,
+    read_texts,
+)
+from lit_phi2.data.invalid import InvalidRecord, RecordError, raise_invalid
+from lit_phi2.data.readers.files import split_ending
+from lit_phi2.data.readers.rows import UnparsableRow
+from lit_phi2.data.sources import read_rows
+from lit_phi2.data.text import NOT_UNICODE, describe_kind, is_valid_unicode, quote_names, to_raw_json
 from lit_phi2.errors import InputError
 
-MAX_SHOWN = 20  # invalid records that an error lists
-
-_NOT_UNICODE = "holds half of a surrogate pair; expected whole characters."
-_FACT_FORM = '{"text": "...", "kind": "..."}'
-
-
-@dataclass(frozen=True, slots=True)
-class FieldNames:
-    """The names under which a source keeps the parts of a record; it may lack `input` and `id`."""
-
-    instruction: str = "instruction"
-    input: str = "input"
-    response: str = "response"
-    id: str = "id"
+__all__ = [
+    "Fact",
+    "FieldNames",
+    "InvalidRecord",
+    "ReadOptions",
+    "Record",
+    "iter_records",
+    "raise_invalid",
+    "read_records",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
-    """A short text that a correct completion contains.
+class ReadOptions:
+    """How rows become records.
 
     Attributes:
-        text: compared without regard to case and whitespace.
-        kind: where it comes from. The packaged claims use copied (from the prompt), known (from the domain) and
-            reasoned (derived).
+        fields: names of fields that the user gave.
+        turns: which exchange of a conversation is the record; one of chat.TURNS.
+        encoding: of text files; None is UTF-8, or UTF-16 by its byte order mark.
     """
 
-    text: str
-    kind: str
+    fields: FieldNames = FieldNames()  # noqa: RUF009  immutable
+    turns: str = "error"
+    encoding: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,204 +87,153 @@ class Record:
     facts: tuple[Fact, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidRecord:
-    """A record that cannot be used.
-
-    Attributes:
-        location: `path:line`.
-        message: what was found and what was expected.
-        raw: the record as it is in the file, for rejected.jsonl.
-    """
-
-    location: str
-    message: str
-    raw: str
-
-    def __str__(self) -> str:
-        return f"{self.location}: {self.message}"
-
-
 def read_records(
-    sources: Sequence[str], fields: FieldNames, *, needs_response: bool, with_facts: bool = False
+    sources: Sequence[str], options: ReadOptions, *, needs_response: bool, with_facts: bool = False
 ) -> tuple[list[Record], list[InvalidRecord]]:
     """All valid and all invalid records of the sources, each in order; see `iter_records`."""
     records: list[Record] = []
     invalid: list[InvalidRecord] = []
-    for record in iter_records(sources, fields, needs_response=needs_response, with_facts=with_facts):
+    for record in iter_records(sources, options, needs_response=needs_response, with_facts=with_facts):
         records.append(record) if isinstance(record, Record) else invalid.append(record)
     return records, invalid
 
 
 def iter_records(
-    sources: Sequence[str], fields: FieldNames, *, needs_response: bool, with_facts: bool = False
+    sources: Sequence[str],
+    options: ReadOptions,
+    *,
+    needs_response: bool,
+    with_facts: bool = False,
+    forms: dict[str, str] | None = None,
 ) -> Iterator[Record | InvalidRecord]:
     """The records of all sources in order, valid and invalid.
 
     Args:
-        sources: paths, claims:SPLIT or hub:owner/name[:split].
-        fields: the names of the fields.
+        sources: paths of files, claims:SPLIT or hub:owner/name[:split].
+        options: how rows become records.
         needs_response: whether a record without a response is invalid.
         with_facts: also read category, form and facts, which only test uses.
+        forms: gets the name of each source's form when it is known.
 
     Raises:
-        InputError: a source is missing, empty, of an unknown format, or lacks a required column; or no record has a
-            field that `fields` renames.
+        InputError: a source is missing, empty, of an unknown format, or a table without the columns of a record; an
+            input or id field that the user named is in no record; or `turns` is unknown.
     """
+    if options.turns not in TURNS:
+        raise InputError(f"data.turns: {options.turns!r} is unknown; expected one of {', '.join(TURNS)}.")
     index = DuplicateIdIndex(sources)
     field_names: set[str] = set()
-    for row, record, position in _validated_rows(sources, fields, needs_response, with_facts):
-        if isinstance(row, dict):
-            field_names.update(row)
-        if isinstance(record, Record) and (first_use := index.add(record.id, position)):
-            message = f"id {shorten(record.id)!r} was already used at {first_use}; ids must be unique."
-            yield InvalidRecord(record.location, message, to_raw_json(row))
-        else:
+    prefixes = _default_id_prefixes(sources)
+    for number, (source, prefix) in enumerate(zip(sources, prefixes, strict=True)):
+        reader = _Reader(source, options, needs_response, with_facts, prefix)
+        line: int | str | None = None
+        for line, row in read_rows(source, encoding=options.encoding):
+            if isinstance(row, dict):
+                field_names.update(row)
+            record = reader.read(line, row)
+            if isinstance(record, Record) and (first_use := index.add(record.id, _position(number, line))):
+                message = f"its id was already used at {first_use}; ids must be unique."
+                record = InvalidRecord(record.location, message, to_raw_json(row))
+            if reader.form and forms is not None:
+                forms[source] = reader.form.name
             yield record
-    _check_renamed_fields(fields, field_names)
-
-
-def raise_invalid(invalid: Sequence[InvalidRecord], *, setting: str) -> None:
-    """Raise if there are invalid records: the first of them, and their number.
-
-    Args:
-        invalid: may be empty.
-        setting: the config key that named their files.
-
-    Raises:
-        InputError: at least one record is invalid.
-    """
-    if not invalid:
-        return
-    lines = [str(record) for record in invalid[:MAX_SHOWN]]
-    if len(invalid) > MAX_SHOWN:
-        lines.append(f"... and {len(invalid) - MAX_SHOWN} more")
-    noun, pronoun = ("record", "it") if len(invalid) == 1 else ("records", "them")
-    lines.append(
-        f"{len(invalid)} invalid {noun} in {setting}. "
-        f"Fix {pronoun}, or set data.on_bad_record to 'skip' to leave {pronoun} out."
-    )
-    raise InputError("\n".join(lines))
-
-
-def _validated_rows(
-    sources: Sequence[str], fields: FieldNames, needs_response: bool, with_facts: bool
-) -> Iterator[tuple[Any, Record | InvalidRecord, Position]]:
-    """Each parsed row, the record in it, and its position."""
-    required = [fields.instruction, fields.response] if needs_response else [fields.instruction]
-    for number, (source, label) in enumerate(zip(sources, _default_id_prefixes(sources), strict=True)):
-        is_empty = True
-        for line, row in read_rows(source, required):
-            is_empty = False
-            record = _validate(row, fields, f"{source}:{line}", f"{label}:{line}", required)
-            if with_facts and isinstance(record, Record):
-                record = _add_facts(record, row)
-            line_number, _, column = str(line).partition(":")
-            yield row, record, (number, int(line_number), int(column or 0))
-        if is_empty:
+        if line is None:
             raise InputError(f"{source}: is empty; expected at least one record.")
+    _check_renamed_fields(options.fields, field_names)
 
 
-def _default_id_prefixes(sources: Sequence[str]) -> list[str]:
-    """The file's name, or its path where two sources share a name; a record without an id gets prefix:line."""
-    names = Counter(Path(source).name for source in sources)
-    return [name if names[name := Path(source).name] == 1 else source for source in sources]
+class _Reader:
+    """Reads the rows of one source, by the form of the first row that has one."""
+
+    def __init__(
+        self, source: str, options: ReadOptions, needs_response: bool, with_facts: bool, default_id_prefix: str
+    ) -> None:
+        self.source = source
+        self.options = options
+        self.needs_response = needs_response
+        self.with_facts = with_facts
+        self.default_id_prefix = default_id_prefix
+        self.forms = possible_forms(options.fields)
+        self.form: RecordForm | None = None
+        self.form_line: int | str = 0
+
+    def read(self, line: int | str, row: Any) -> Record | InvalidRecord:
+        location = f"{self.source}:{line}"
+        if isinstance(row, UnparsableRow):
+            return InvalidRecord(location, row.message, row.raw, once=row.once)
+        try:
+            return self._read(line, row, location)
+        except RecordError as error:
+            return InvalidRecord(location, str(error), to_raw_json(row), error.cause, error.once)
+
+    def _read(self, line: int | str, row: Any, location: str) -> Record:
+        if not isinstance(row, dict):
+            raise RecordError(f"is {describe_kind(row)}; expected an object with the fields of a record.")
+        texts = self._read_texts(line, row)
+        record_id = _read_id(row, self.options.fields.id or "id")
+        record = Record(f"{self.default_id_prefix}:{line}" if record_id is None else record_id, *texts, location)
+        return replace(record, **read_groups(row), facts=read_facts(row)) if self.with_facts else record
+
+    def _read_texts(self, line: int | str, row: dict[str, Any]) -> Texts:
+        if self.form is None:
+            self.form, self.form_line = find_form(row, self.forms), line
+            if _is_table(self.source):
+                _check_columns(self.source, row, self.form, self.forms, self.needs_response)
+            if self.form is None:
+                raise no_form_error(row, self.forms)
+        elif not is_complete(row, self.form):
+            other = next((form for form in self.forms if is_complete(row, form)), None)
+            if other:
+                raise RecordError(
+                    f"is of the form {other.name}, but the file is of the form {self.form.name} since line "
+                    f"{self.form_line}; put the records of each form in a file of their own."
+                )
+        return read_texts(row, self.form, turns=self.options.turns, needs_response=self.needs_response)
+
+
+def _is_table(source: str) -> bool:
+    """Whether all rows have the same fields, so that the first row tells what every row lacks."""
+    return source.startswith("hub:") or split_ending(source)[0] in (".csv", ".tsv", ".parquet")
+
+
+def _check_columns(
+    source: str, row: dict[str, Any], form: RecordForm | None, forms: Sequence[RecordForm], needs_response: bool
+) -> None:
+    """Raise an InputError if a table lacks a column: that is one fault, and not one of every row."""
+    if form is None:
+        raise InputError(f"{source}: {no_form_error(row, forms, 'column')}")
+    if needs_response and form.response and not any(name in row for name in form.response):
+        raise InputError(f"{source}: {missing_error(row, form.response, 'column')}")
+
+
+def _read_id(row: dict[str, Any], name: str) -> str | None:
+    """The id of a record, or None if it has none."""
+    value = row.get(name)
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RecordError(f"field {name!r} is {describe_kind(value)}; expected text or a whole number.")
+    if not is_valid_unicode(record_id := str(value)):
+        raise RecordError(f"field {name!r} {NOT_UNICODE}")
+    return record_id
 
 
 def _check_renamed_fields(fields: FieldNames, field_names: set[str]) -> None:
     """A source may lack `input` and `id`; but a name that the user gave and that no record has is a typo."""
     for part in ("input", "id"):
         name = getattr(fields, part)
-        if name != part and name not in field_names:
+        if name not in (None, part) and name not in field_names:
             raise InputError(
-                f"data.{part}_field: no record has a field {name!r}; there are {quote_list(sorted(field_names))}."
+                f"data.{part}_field: no record has a field {name!r}; there are {quote_names(sorted(field_names))}."
             )
 
 
-def _validate(
-    row: Any, fields: FieldNames, location: str, default_id: str, required: Sequence[str]
-) -> Record | InvalidRecord:
-    if isinstance(row, UnparsableRow):
-        return InvalidRecord(location, row.message, row.raw)
-    if not isinstance(row, dict):
-        message = f"is {describe_kind(row)}; expected an object with the fields of a record."
-        return InvalidRecord(location, message, to_raw_json(row))
-    record_id = default_id if row.get(fields.id) in (None, "") else row[fields.id]
-    if error := _row_error(row, fields, record_id, required):
-        return InvalidRecord(location, error, to_raw_json(row))
-    instruction, input_text, response = (
-        row.get(name) or "" for name in (fields.instruction, fields.input, fields.response)
-    )
-    return Record(str(record_id), instruction, input_text if input_text.strip() else "", response, location)
+def _position(number: int, line: int | str) -> Position:
+    line_number, _, column = str(line).partition(":")
+    return number, int(line_number), int(column or 0)
 
 
-def _row_error(row: dict[str, Any], fields: FieldNames, record_id: Any, required: Sequence[str]) -> str | None:
-    for name in required:
-        if error := _text_error(row, name, required=True):
-            return error
-    for name in (fields.input, fields.response):
-        if error := _text_error(row, name, required=False):
-            return error
-    return _id_error(record_id, fields.id) or _header_error(row, fields)
-
-
-def _text_error(row: dict[str, Any], name: str, *, required: bool) -> str | None:
-    value = row.get(name)
-    if value is None:
-        if not required:
-            return None
-        if name in row:
-            return f"field {name!r} has no value; expected text."
-        return f"has no field {name!r}; it has {quote_list(row)}. Expected text there (data.*_field renames fields)."
-    if not isinstance(value, str):
-        return f"field {name!r} is {describe_kind(value)}; expected text."
-    if required and not value.strip():
-        return f"field {name!r} is {'blank' if value else 'empty'}; expected text."
-    return None if is_valid_unicode(value) else f"field {name!r} {_NOT_UNICODE}"
-
-
-def _id_error(record_id: Any, name: str) -> str | None:
-    if isinstance(record_id, bool) or not isinstance(record_id, str | int):
-        return f"field {name!r} is {describe_kind(record_id)}; expected text or a whole number."
-    return None if is_valid_unicode(str(record_id)) else f"field {name!r} {_NOT_UNICODE}"
-
-
-def _header_error(row: dict[str, Any], fields: FieldNames) -> str | None:
-    for name in (fields.instruction, fields.input, fields.response):
-        if header := find_template_header(row.get(name) or ""):
-            return (
-                f"field {name!r} has a line that begins with {header!r}, a section header of the template; the model "
-                "could not tell the two apart. Reword or indent it."
-            )
-    return None
-
-
-def _add_facts(record: Record, row: dict[str, Any]) -> Record | InvalidRecord:
-    """The record with its category, form and facts."""
-    facts = row.get("facts")
-    if facts in (None, ""):  # "" is the empty cell of a CSV file
-        facts = []
-    if error := _facts_error(facts) or _groups_error(row):
-        return InvalidRecord(record.location, error, to_raw_json(row))
-    # Whitespace is collapsed because a group becomes a row of a table.
-    groups = {name: " ".join(row[name].split()) for name in ("category", "form") if isinstance(row.get(name), str)}
-    return replace(record, **groups, facts=tuple(Fact(fact["text"], fact["kind"]) for fact in facts))
-
-
-def _facts_error(facts: Any) -> str | None:
-    if not isinstance(facts, list):
-        return f"field 'facts' is {describe_kind(facts)}; expected a list of {_FACT_FORM}."
-    for fact in facts:
-        texts = (fact.get("text"), fact.get("kind")) if isinstance(fact, dict) else (None, None)
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            return f"field 'facts' holds {to_raw_json(fact)}; expected {_FACT_FORM}."
-        if not all(is_valid_unicode(str(text)) for text in texts):
-            return f"field 'facts' {_NOT_UNICODE}"
-    return None
-
-
-def _groups_error(row: dict[str, Any]) -> str | None:
-    for name in ("category", "form"):
-        if isinstance(row.get(name), str) and not is_valid_unicode(row[name]):
-            return f"field {name!r} {_NOT_UNICODE}"
-    return None
+def _default_id_prefixes(sources: Sequence[str]) -> list[str]:
+    """The file's name, or its path where two sources share a name; a record without an id gets prefix:line."""
+    names = Counter(Path(source).name for source in sources)
+    return [name if names[name := Path(source).name] == 1 else source for source in sources]

@@ -31,11 +31,11 @@ def encoding(args: argparse.Namespace) -> None:
 
     from lit_phi2.data.encode import encode
     from lit_phi2.data.prompts import format_prompt
-    from lit_phi2.data.records import FieldNames, read_records
+    from lit_phi2.data.records import ReadOptions, read_records
     from lit_phi2.pretrained import load_tokenizer, resolve_base_model
 
     base = resolve_base_model(args.base)
-    records, _ = read_records([args.records], FieldNames(), needs_response=True)
+    records, _ = read_records([args.records], ReadOptions(), needs_response=True)
     records = (records * (1 + NUM_ENCODED // len(records)))[:NUM_ENCODED]
     strings = [text for r in records for text in (format_prompt(r.instruction, r.input), r.response)]
     rust_tokenizer, tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json")), load_tokenizer(base)
@@ -88,10 +88,10 @@ def write_records(file: Path, source: str, count: int) -> None:
     import pyarrow as pa  # type: ignore[import-untyped]  # it has no types
     from pyarrow import parquet
 
-    from lit_phi2.data.records import FieldNames, read_records
+    from lit_phi2.data.records import ReadOptions, read_records
     from lit_phi2.utils.sequences import batched
 
-    records, _ = read_records([source], FieldNames(), needs_response=True)
+    records, _ = read_records([source], ReadOptions(), needs_response=True)
     numbered = (
         {
             "id": f"record {number}",

@@ -8,10 +8,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 
-from lit_phi2.data import cache, datamodule
+from lit_phi2.data import cache, load_split
 from lit_phi2.data.cache import load_or_build_cache
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.records import InvalidRecord, Record
@@ -143,7 +146,7 @@ def test_the_second_setup_reads_only_the_cache(
     def refuse(*_: object, **__: object) -> Iterator[object]:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(datamodule, "iter_records", refuse)
+    monkeypatch.setattr(load_split, "iter_records", refuse)
     second.setup("fit")
     assert content(second.splits["train"]) == content(first.splits["train"])  # with the records that were left out
 
@@ -156,6 +159,8 @@ def test_the_second_setup_reads_only_the_cache(
         {"on_overlong": "skip"},
         {"val_fraction": 0.2},
         {"response_field": "category"},
+        {"turns": "last"},
+        {"encoding": "utf-8"},
         {"train_files": ["claims:train[:50]", "claims.jsonl"]},
     ],
 )
@@ -185,13 +190,63 @@ def test_a_changed_file_of_equal_size_and_mtime_is_read_again(new_data: NewData,
     assert changed.splits["predict"].digest != data.splits["predict"].digest
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """Functions replace the hub client: a dataset of one record at a revision; None means that there is no network."""
+    state: dict[str, str | None] = {"sha": "a1"}
+
+    def dataset_info(self: object, repo_id: str, **_: object) -> SimpleNamespace:
+        if state["sha"] is None:
+            raise ConnectionError("no route")
+        return SimpleNamespace(sha=state["sha"])
+
+    def load_dataset(path: str, **_: object) -> Iterator[dict[str, str]]:
+        if state["sha"] is None:
+            raise ConnectionError("no route")
+        return iter([{"id": "h", "instruction": "Why?", "response": f"At {state['sha']}."}])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return state
+
+
+@pytest.mark.usefixtures("large")
+def test_a_hub_dataset_is_read_again_when_it_changes(
+    hub: dict[str, str | None], new_data: NewData, tmp_path: Path
+) -> None:
+    """Beside a large file, which is why it is cached; without a network, the revision that was cached last is read."""
+    files = ["hub:acme/claims", str(write_claims(tmp_path, 300))]
+
+    def first_response() -> str:
+        data = new_data(predict_files=files)
+        data.setup("predict")
+        return data.splits["predict"].records[0].response
+
+    assert first_response() == "At a1."
+    hub["sha"] = "b2"
+    assert first_response() == "At b2."
+    assert len(cache_folders(tmp_path / "cache")) == 2
+    hub["sha"] = None
+    assert first_response() == "At b2."
+    with pytest.raises(InputError, match=r"hub:acme/claims: .*ConnectionError"):
+        new_data(predict_files=files, max_new_tokens=300).setup("predict")  # another limit, which is not cached
+
+
+@pytest.mark.parametrize(("name", "large"), [("a.jsonl", False), ("a.jsonl.gz", True), ("A.JSONL.ZST", True)])
+def test_a_compressed_file_counts_as_its_text(name: str, large: bool, tmp_path: Path) -> None:
+    """20 MiB on disk; compressed, they hold about 100 MiB of text."""
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(20 * 2**20)
+    assert cache.is_large([str(tmp_path / name)]) is large
+
+
 # Complete or not at all
 
 
 def build_slowly(cache_dir: Path, log: Path, pause: float) -> Split:
     """Build a cache of 2,500 examples; after 1,500 of them, write a line to the log and sleep."""
 
-    def source(invalid: list[InvalidRecord]) -> Iterator[tuple[Record, Example]]:
+    def source(invalid: list[InvalidRecord], forms: dict[str, str]) -> Iterator[tuple[Record, Example]]:
         for number in range(2500):
             if number == 1500:
                 with log.open("a") as lines:
@@ -245,7 +300,7 @@ def test_a_kill_during_the_build_leaves_no_complete_cache(tmp_path: Path) -> Non
     split = build_slowly(tmp_path / "cache", log, 0.0)  # the lock was released with the process
     assert [example.id for example in split.examples] == [f"r{number}" for number in range(2500)]
     (complete,) = cache_folders(tmp_path / "cache")
-    assert sorted(path.name for path in complete.iterdir()) == ["examples.arrow", "metadata.json"]
+    assert sorted(path.name for path in complete.iterdir()) == ["examples.arrow", "key.json", "metadata.json"]
 
 
 @pytest.mark.usefixtures("large")

@@ -1,5 +1,6 @@
 """ClaimsDataModule: from files to loaders, without a model. The base of conftest.py has 512 positions."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ Claims = Callable[..., ClaimsDataModule]
 def trainer_at(step: int = 0, **settings: object) -> SimpleNamespace:
     """The attributes of a Trainer that a data module uses."""
     defaults = {"global_rank": 0, "world_size": 1, "limit_train_batches": 1.0, "overfit_batches": 0.0}
+    defaults |= {"default_root_dir": "runs"}
     return SimpleNamespace(**{**defaults, "accumulate_grad_batches": 1, "global_step": step, **settings})
 
 
@@ -52,6 +54,10 @@ def test_construction_reads_nothing() -> None:
         ({"on_bad_record": "ignore"}, "data.on_bad_record: 'ignore' is unknown; expected 'error' or 'skip'"),
         ({"val_fraction": 0.0}, "data.val_fraction: 0.0 is not between 0 and 1"),
         ({"val_fraction": 1.0}, "data.val_fraction: 1.0 is not between 0 and 1"),
+        ({"turns": "all"}, "data.turns: 'all' is unknown; expected 'error', 'first' or 'last'"),
+        ({"encoding": "latin-9000"}, "data.encoding: 'latin-9000' is unknown; expected one such as 'cp1252'"),
+        ({"encoding": "base64"}, "data.encoding: 'base64' is unknown"),
+        ({"on_overlong": "cut"}, "data.on_overlong: 'cut' is unknown; expected 'truncate', 'skip' or 'error'"),
         ({"max_length": 0}, "data.max_length: 0 is less than 1"),
         ({"batch_size": 0}, "data.batch_size: 0 is less than 1"),
     ],
@@ -162,8 +168,8 @@ def test_on_overlong_error_names_each_overlong_record(claims: Claims, tmp_path: 
     with pytest.raises(InputError, match=r"2 invalid records in data.train_files") as raised:
         data.setup("fit")
     path = tmp_path / "train_files.jsonl"
-    assert f"{path}:1: record 'long' " in str(raised.value)
-    assert f"{path}:2: record 'truncatable' " in str(raised.value)
+    assert f"{path}:1: has a response of 122 tokens" in str(raised.value)
+    assert f"{path}:2: has 1" in str(raised.value)
 
 
 def test_a_file_without_valid_records_is_an_error_with_skip(claims: Claims, tmp_path: Path) -> None:
@@ -418,6 +424,45 @@ def test_predict_limits_a_prompt_to_context_minus_new_tokens(claims: Claims) -> 
     assert data.tokenizer.decode(example.ids).endswith("\n\n### Response:\n")
 
 
+@pytest.mark.parametrize(("split_name", "stage"), [("val", "fit"), ("test", "test")])
+def test_a_prompt_without_space_for_completions_is_named(
+    split_name: str, stage: str, claims: Claims, tmp_path: Path
+) -> None:
+    """512 positions; the prompt of line 2 has 100 tokens or more. Only counted prompts are checked."""
+    rows = [question(0), {**question(1), "input": "claim denied appeal " * 40}]
+    data = claims(train_files=[question(n) for n in range(9)], **{f"{split_name}_files": rows}, max_new_tokens=440)
+    data.setup(stage)
+    data.check_context_length(split_name, 1)
+    with pytest.raises(
+        InputError, match=r"model\.max_new_tokens: 440 after the \d+ tokens of the prompt at "
+    ) as raised:
+        data.check_context_length(split_name)
+    assert f"{tmp_path / split_name}_files.jsonl:2 is more than the 512 positions" in str(raised.value)
+    assert ("--max_completions" in str(raised.value)) == (split_name == "test")
+
+
+def test_turns_and_encoding_reach_the_reader(claims: Claims, tmp_path: Path) -> None:
+    """A conversation of two exchanges in Windows' encoding for Western Europe; é is byte 0xe9 there."""
+    messages = [{"role": r, "content": f"{r} {n} é"} for n in (1, 2) for r in ("user", "assistant")]
+    file = tmp_path / "chat.jsonl"
+    file.write_bytes(json.dumps({"messages": messages}, ensure_ascii=False).encode("cp1252"))
+    data = claims(predict_files=str(file), turns="last", encoding="cp1252")
+    data.setup("predict")
+    (record,) = data.splits["predict"].records
+    assert (record.instruction, record.response) == ("user 2 é", "assistant 2 é")
+    assert data.splits["predict"].forms == {str(file): "messages"}
+
+
+def test_more_ranks_than_prompts_leaves_a_rank_without(claims: Claims) -> None:
+    data = claims(predict_files=[question(0)])
+    data.setup("predict")
+    loaders = []
+    for rank in range(3):
+        data.trainer = trainer_at(world_size=3, global_rank=rank)
+        loaders.append(data.predict_dataloader())
+    assert [len(loader) for loader in loaders] == [len(list(loader)) for loader in loaders] == [1, 0, 0]
+
+
 def test_max_new_tokens_without_space_for_a_prompt_is_refused(claims: Claims) -> None:
     data = claims(predict_files=[question(0)], max_new_tokens=512)
     with pytest.raises(
@@ -427,6 +472,22 @@ def test_max_new_tokens_without_space_for_a_prompt_is_refused(claims: Claims) ->
 
 
 # Fingerprint
+
+
+@pytest.mark.parametrize("change", [("response", "Another."), ("id", "r30"), ("instruction", "Which plan?")])
+def test_the_fingerprint_changes_with_the_validation_data(
+    change: tuple[str, str], claims: Claims, record_rows: list[dict[str, str]]
+) -> None:
+    """The training data are the same, so that val_data_digest alone tells the two apart."""
+    fingerprints = []
+    for rows in (record_rows, record_rows, [*record_rows[:3], {**record_rows[3], change[0]: change[1]}]):
+        data = claims(train_files=[question(n) for n in range(20)], val_files=rows)
+        data.trainer = trainer_at()
+        data.setup("fit")
+        fingerprints.append(data.fingerprint())
+    first, same, other = fingerprints
+    assert first == same
+    assert {key for key in first if first[key] != other[key]} == {"val_data_digest"}
 
 
 @pytest.mark.parametrize("change", ["response", "id", "order", "max_length", "seed"])

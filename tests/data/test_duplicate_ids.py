@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_phi2.data.duplicate_ids import DuplicateIdIndex
-from lit_phi2.data.records import FieldNames, InvalidRecord, Record, read_records
+from lit_phi2.data.records import InvalidRecord, ReadOptions, Record, read_records
 
 
 def test_the_index_returns_the_location_of_the_first_use() -> None:
@@ -25,7 +25,7 @@ def test_a_duplicate_id_is_reported_with_its_first_location(tmp_path: Path) -> N
     rows = [{"id": f"c{number}", "instruction": "Why?", "response": "So."} for number in numbers]
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows[:9000]))
     array.write_text(json.dumps(rows[9000:]))  # all on one line
-    records, invalid = read_records([str(jsonl), str(array)], FieldNames(), needs_response=True)
+    records, invalid = read_records([str(jsonl), str(array)], ReadOptions(), needs_response=True)
     locations = [f"{jsonl}:{line}" for line in range(1, 9001)]
     column = 2
     for number, row in enumerate(rows[9000:]):
@@ -36,7 +36,7 @@ def test_a_duplicate_id_is_reported_with_its_first_location(tmp_path: Path) -> N
     for row, location in zip(rows, locations, strict=True):
         first = first_uses.setdefault(row["id"], location)
         if first != location:
-            expected.append(f"{location}: id {row['id']!r} was already used at {first}; ids must be unique.")
+            expected.append(f"{location}: its id was already used at {first}; ids must be unique.")
     assert len(expected) > 3000
     assert [str(record) for record in invalid] == expected
     assert [record.location for record in records] == list(first_uses.values())
@@ -50,8 +50,8 @@ def test_ids_are_unique_over_all_files(tmp_path: Path) -> None:
     rows = [{"id": name, "instruction": "Why?", "response": "So."} for name in "abc"]
     first.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     second.write_text("id,instruction,response\nb,Why?,So.\n", "utf-8")
-    records, invalid = read_records([str(first), str(second)], FieldNames(), needs_response=True)
+    records, invalid = read_records([str(first), str(second)], ReadOptions(), needs_response=True)
     assert [record.id for record in records] == ["a", "b", "c"]
     assert [record.location for record in invalid] == [f"{second}:2"]
-    records, invalid = read_records([str(first), str(first)], FieldNames(), needs_response=True)
+    records, invalid = read_records([str(first), str(first)], ReadOptions(), needs_response=True)
     assert len(records) == len(invalid) == len(rows)

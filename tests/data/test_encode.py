@@ -179,7 +179,7 @@ def test_a_record_that_truncation_cannot_fit_is_invalid(kind: str, tokenizer: To
     assert encoded.examples == encoded.records == encoded.skipped == []
     assert len(encoded.invalid) == 1
     message = str(encoded.invalid[0])
-    assert message.startswith("r.jsonl:7: record 'r' ")
+    assert message.startswith("r.jsonl:7: has ")
     assert "; the limit is 48, and truncating its input section is not enough." in message
     assert "Raise data.max_length, or shorten the record." in message
 
@@ -218,7 +218,7 @@ def test_on_overlong_skip_skips_and_error_is_invalid(tokenizer: Tokenizer) -> No
     assert [example.id for example in skip.examples] == [example.id for example in error.examples] == ["s"]
     assert skip.records == error.records == [short]
     assert skip.invalid == error.skipped == []
-    message = f"r.jsonl:2: record 'l' has {length} tokens; the limit is 40."
+    message = f"r.jsonl:2: has {length} tokens; the limit is 40."
     for left_out in (skip.skipped, error.invalid):
         assert [str(record)[: len(message)] for record in left_out] == [message]
 

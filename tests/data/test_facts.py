@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from lit_phi2.data.records import Fact, FieldNames, Record, read_records
+from lit_phi2.data.records import Fact, ReadOptions, Record, read_records
 
 Jsonl = Callable[..., Path]
 
 
 def read_facts(path: Path) -> tuple[list[Record], list[str]]:
-    records, invalid = read_records([str(path)], FieldNames(), needs_response=True, with_facts=True)
+    records, invalid = read_records([str(path)], ReadOptions(), needs_response=True, with_facts=True)
     return records, [str(record) for record in invalid]
 
 
@@ -41,11 +41,14 @@ def test_facts_category_and_form_are_read_if_present(write_jsonl: Jsonl) -> None
         ({"text": "a", "kind": "b"}, "is an object; expected a list"),
         (0, "is a number; expected a list"),
         ({}, "is an object; expected a list"),
-        (["CLM-12"], 'holds "CLM-12"; expected {"text": '),
-        ([{"text": "CLM-12"}], 'holds {"text": "CLM-12"}; expected'),
-        ([{"text": "fine", "kind": "copied"}, {"text": " ", "kind": "copied"}], 'holds {"text": " ", '),
-        ([{"text": 12, "kind": "copied"}], 'holds {"text": 12, '),
-        ([{"text": "CLM-12", "kind": None}], '"kind": null}; expected'),
+        (["CLM-12"], 'holds text; expected {"text": '),
+        ([{"text": "CLM-12"}], "holds an object without text in 'text' and in 'kind'; expected"),
+        (
+            [{"text": "fine", "kind": "copied"}, {"text": " ", "kind": "copied"}],
+            "holds an object without text in 'text'",
+        ),
+        ([{"text": 12, "kind": "copied"}], "holds an object without text in 'text'"),
+        ([{"text": "CLM-12", "kind": None}], "holds an object without text in 'text' and in 'kind'; expected"),
         ([None], "holds null; expected"),
     ],
 )

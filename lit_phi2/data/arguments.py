@@ -1,0 +1,66 @@
+"""Checks of the data module's arguments, before any file is read.
+
+>>> check_choice(("error", "skip"), on_bad_record="ignore")
+Traceback (most recent call last):
+lit_phi2.errors.InputError: data.on_bad_record: 'ignore' is unknown; expected 'error' or 'skip'.
+"""
+
+from collections.abc import Sequence
+
+from lit_phi2.errors import InputError
+from lit_phi2.utils.paths import expand_user
+
+DEFAULT_VAL_FRACTION = 0.1
+
+Files = str | list[str] | None
+
+
+def check_choice(choices: Sequence[str], **values: str) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Raises:
+        InputError: names the argument.
+    """
+    for name, value in values.items():
+        if value not in choices:
+            *others, last = map(repr, choices)
+            raise InputError(f"data.{name}: {value!r} is unknown; expected {', '.join(others)} or {last}.")
+
+
+def check_positive(**values: int) -> None:
+    """Refuse a value below 1.
+
+    Raises:
+        InputError: names the argument.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"data.{name}: {value} is less than 1.")
+
+
+def check_val_fraction(val_fraction: float, val_files: Files) -> None:
+    """Refuse a fraction that is out of range, or has no effect.
+
+    Raises:
+        InputError: names val_fraction.
+    """
+    if not 0 < val_fraction < 1:
+        raise InputError(f"data.val_fraction: {val_fraction} is not between 0 and 1.")
+    if val_fraction != DEFAULT_VAL_FRACTION and val_files is not None:
+        raise InputError(
+            f"data.val_fraction: {val_fraction} has no effect while data.val_files is {val_files!r}. "
+            "Set data.val_files to null, or leave val_fraction out."
+        )
+
+
+def list_sources(split_name: str, files: Files) -> list[str]:
+    """The sources that the argument names, with ~ replaced by the home folder.
+
+    Raises:
+        InputError: there is none, one is empty, or one is in the home folder of an unknown user.
+    """
+    sources = [files] if isinstance(files, str) else list(files or [])
+    if not sources or not all(sources):
+        raise InputError(f"data.{split_name}_files: is empty; expected a path or a list of paths.")
+    setting = f"data.{split_name}_files"
+    return [str(expand_user(source, setting)) if source.startswith("~") else source for source in sources]

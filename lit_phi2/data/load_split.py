@@ -1,0 +1,66 @@
+"""Load a split: files -> records -> examples -> Split, in memory, or through the cache if the files are large.
+
+    small files    records  ->  examples  ->  Split                                     nothing on disk
+    large files    records  ->  examples  ->  <cache_dir>/<hash>/  ->  Split            the first time
+                                              <cache_dir>/<hash>/  ->  Split            later
+
+Nothing is raised for an invalid record: the split keeps it, so that the caller reports those of all splits at once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_phi2.data.cache import cache_key, is_large, load_or_build_cache
+from lit_phi2.data.encode import iter_examples
+from lit_phi2.data.invalid import InvalidRecord
+from lit_phi2.data.records import ReadOptions, iter_records
+from lit_phi2.data.splits import EncodeResult, Split, build_split, hold_out, separate_invalid
+
+
+def load_split(
+    split_name: str,
+    sources: list[str],
+    options: ReadOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    on_overlong: str,
+    held_out: float | None,
+    cache_dir: Path,
+) -> Split:
+    """Read and encode a split.
+
+    Args:
+        split_name: train, val, test or predict.
+        sources: files, claims: and hub:, after folders and globs are expanded.
+        options: how records are read.
+        tokenizer: of the base.
+        max_length: tokens in an example.
+        on_overlong: data.on_overlong.
+        held_out: the sources hold train and val, and this share of their records is val; None if they do not.
+        cache_dir: contains the caches of large files.
+
+    Raises:
+        InputError: a source cannot be read, or a cache is damaged.
+        OSError: the cache cannot be written.
+    """
+    with_response = split_name != "predict"
+    record_options: dict[str, Any] = {"needs_response": with_response, "with_facts": split_name == "test"}
+    limits: dict[str, Any] = {"max_length": max_length, "on_overlong": on_overlong}
+
+    def source(invalid: list[InvalidRecord], forms: dict[str, str]) -> Iterator[EncodeResult]:
+        rows = iter_records(sources, options, **record_options, forms=forms)
+        if held_out is not None:
+            rows = hold_out(rows, split_name, held_out)
+        return iter_examples(separate_invalid(rows, invalid), tokenizer, **limits, with_response=with_response)
+
+    skip = on_overlong == "skip"
+    if not is_large(sources):
+        return build_split(sources, source, skip=skip)
+    part = None if held_out is None else (split_name, held_out)
+    key = cache_key(sources, tokenizer, reading=asdict(options), held_out=part, **record_options, **limits)
+    return load_or_build_cache(sources, source, skip=skip, cache_dir=cache_dir, key=key)
