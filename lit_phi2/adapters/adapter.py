@@ -3,16 +3,27 @@
     base, settings, weights  ->  Adapter  ->  a checkpoint (checkpoint.py) or a folder in PEFT form (peft_format.py)
 
 Inside a run the weights name `Wqkv`; on disk in PEFT form they name q_proj, k_proj and v_proj.
+
+What an adapter says about its base is only compared with the base that the config names: nothing is looked up or
+fetched by it.
 """
 
-from dataclasses import dataclass
+import functools
+import logging
+import shlex
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from lit_phi2.base_digest import different_parts
 from lit_phi2.data.prompts import TEMPLATE_VERSION
 from lit_phi2.errors import InputError
-from lit_phi2.model.lora import LoraSettings
+from lit_phi2.model.loading import empty_phi2, linear_layers
+from lit_phi2.model.lora import LoraSettings, add_lora, check_adapter_state_dict, check_targets
 from lit_phi2.pretrained import BaseModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +48,56 @@ def make_adapter(base: BaseModel, settings: LoraSettings, weights: dict[str, Ten
     return Adapter(weights, settings, base.fingerprint(), TEMPLATE_VERSION)
 
 
+def with_base_name(adapter: Adapter, base: BaseModel) -> Adapter:
+    """The adapter as it leaves: it names the base that it was checked with; an unknown digest stays unknown."""
+    return replace(adapter, base={**base.fingerprint(), "base_digest": adapter.base["base_digest"]})
+
+
 def check_adapter(adapter: Adapter, settings: LoraSettings, base: BaseModel, *, source: str) -> None:
-    """Refuse an adapter whose settings, base or template differ from the run's.
+    """Refuse an adapter whose base, settings, template or weights differ from the run's; nothing is allocated.
 
     Raises:
         InputError: names the first difference, with both values.
     """
+    check_same_base(adapter, base, source=source)
     for name in ("lora_r", "lora_alpha", "target_modules"):
         value, expected = getattr(adapter.settings, name), getattr(settings, name)
         if value != expected and (name != "target_modules" or set(value) != set(expected)):
             raise InputError(f"{source}: has {name} {value}, but model.{name} is {expected}; make them equal.")
-    digest = adapter.base["base_digest"]
-    if digest and digest != base.digest:
-        raise InputError(
-            f"{source}: was trained on {adapter.base['base']!r} (digest {digest}), but model.base is {base.name!r} "
-            f"(digest {base.digest}). Give its own base with --model.base."
-        )
     if adapter.template_version not in (0, TEMPLATE_VERSION):
         raise InputError(
             f"{source}: was trained on prompts of template {adapter.template_version}; this lit_phi2 has "
             f"{TEMPLATE_VERSION}."
         )
+    layers = linear_layers(base)
+    check_targets(adapter.settings.target_modules, layers, max(layers.values()))
+    with torch.device("meta"):
+        phi = add_lora(empty_phi2(base), adapter.settings, dropout=0.0)
+    check_adapter_state_dict(phi, adapter.weights, source=source)
+
+
+def check_same_base(adapter: Adapter, base: BaseModel, *, source: str) -> None:
+    """Refuse an adapter that was trained on another base; warn if nothing tells which one.
+
+    Raises:
+        InputError: the digests differ; names both bases with their digests, and what to change.
+    """
+    name, digest = adapter.base["base"], adapter.base["base_digest"]
+    if not digest:
+        _warn_unverified(source, name, base.name)
+    elif digest != base.digest:
+        parts = " and ".join(different_parts(digest, base.digest))
+        cure = f"Give its own base: --model.base {shlex.quote(name)}."
+        if name == base.name:
+            cure = f"The {parts} of this base changed since then. Restore them, or train again."
+        raise InputError(
+            f"{source}: was trained on {name!r} (digest {digest}), but model.base is {base.name!r} (digest "
+            f"{base.digest}); they differ in {parts}. {cure}"
+        )
+
+
+@functools.cache  # once: settings, model and training check the same adapter
+def _warn_unverified(source: str, name: str, base_name: str) -> None:
+    log.warning(
+        "%s: nothing shows which base it was trained on (it names %r); model.base %r is used", source, name, base_name
+    )

@@ -19,8 +19,21 @@ from lit_phi2.adapters.peft_format import read_peft_folder
 from lit_phi2.errors import InputError
 from lit_phi2.model.lora import LoraSettings
 from lit_phi2.utils.files import tree_digest
+from lit_phi2.utils.json_objects import OBJECT, TEXT, TEXTS, check_values, integer
 
-CHECKPOINT_FORMAT = 2  # raised when a key of checkpoint["lit_phi2"] changes its name or meaning
+CHECKPOINT_FORMAT = 3  # raised when a key of checkpoint["lit_phi2"] changes its name or meaning
+
+_STATE = {
+    "base": TEXT,
+    "base_revision": TEXT,
+    "base_digest": TEXT,
+    "lora_r": integer(1, 2**31 - 1),
+    "lora_alpha": integer(1, 2**31 - 1),
+    "target_modules": TEXTS,
+    "template_version": integer(0, 2**31 - 1),
+    "run": OBJECT,
+    "accumulate_grad_batches": integer(1, 2**31 - 1),
+}
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -40,21 +53,40 @@ def read_checkpoint(path: Path) -> tuple[Adapter, dict[str, Any]]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file
+        raise InputError(f"{path}: is not a complete checkpoint of lit_phi2 ({type(error).__name__}).") from error
+    return check_checkpoint(checkpoint, source=str(path)), checkpoint
+
+
+def check_checkpoint(checkpoint: dict[str, Any], *, source: str) -> Adapter:
+    """The adapter in a checkpoint, whose digest is compared and removed.
+
+    Args:
+        checkpoint: as torch.load returns it.
+        source: where it comes from, for messages.
+
+    Raises:
+        InputError: it is no checkpoint of lit_phi2, of another format, or damaged.
+    """
+    try:
         expected = checkpoint.pop("digest")
         digest = tree_digest(checkpoint)
         state, weights = checkpoint["lit_phi2"], checkpoint["state_dict"]
+        if not all(isinstance(weight, Tensor) for weight in weights.values()):
+            raise TypeError("a weight is no tensor")
         format_version = state.get("format_version")
-        adapter = adapter_from_state(state, weights)
-    except Exception as error:  # torch raises many kinds for a damaged or hostile file
-        raise InputError(f"{path}: is not a complete checkpoint of lit_phi2 ({type(error).__name__}).") from error
+    except Exception as error:  # its values may be of any kind
+        raise InputError(f"{source}: is not a complete checkpoint of lit_phi2 ({type(error).__name__}).") from error
     if digest != expected:
-        raise InputError(f"{path}: is damaged: its digest is {digest[:16]}, but {str(expected)[:16]} was written.")
+        raise InputError(f"{source}: is damaged: its digest is {digest[:16]}, but {str(expected)[:16]} was written.")
     if format_version != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{path}: is a checkpoint of another lit_phi2: its format is {format_version or 1}, this one reads "
-            f"{CHECKPOINT_FORMAT}. Train again, or start from the run's adapter folder with --model.adapter."
+            f"{source}: is a checkpoint of another lit_phi2: its format is {format_version or 1}, this one reads "
+            f"{CHECKPOINT_FORMAT}. Train again, or remove lit_phi2.json from the run's adapter folder and start from "
+            "that with --model.adapter."
         )
-    return adapter, checkpoint
+    check_values(state, _STATE, source=source, required=_STATE)
+    return adapter_from_state(state, weights)
 
 
 def adapter_to_state(adapter: Adapter) -> dict[str, Any]:
@@ -73,7 +105,7 @@ def adapter_from_state(state: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     """The inverse of adapter_to_state."""
     return Adapter(
         weights=dict(weights),
-        settings=LoraSettings(int(state["lora_r"]), int(state["lora_alpha"]), tuple(state["target_modules"])),
-        base={key: str(state[key]) for key in ("base", "base_revision", "base_digest")},
-        template_version=int(state["template_version"]),
+        settings=LoraSettings(state["lora_r"], state["lora_alpha"], tuple(state["target_modules"])),
+        base={key: state[key] for key in ("base", "base_revision", "base_digest")},
+        template_version=state["template_version"],
     )

@@ -9,7 +9,6 @@ does not fit a fused layer of its rank and is refused.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,33 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lit_phi2.adapters.adapter import Adapter
+from lit_phi2.adapters.lora_config import hf_targets, read_lora_settings
 from lit_phi2.errors import InputError
-from lit_phi2.model.lora import QKV_PROJECTIONS, LoraSettings
+from lit_phi2.model.lora import QKV_PROJECTIONS
 from lit_phi2.utils.files import atomic_write, tree_digest
+from lit_phi2.utils.json_objects import TEXT, check_values, describe, integer, read_json_object
+from lit_phi2.utils.locks import file_lock
 from lit_phi2.utils.paths import ADAPTER_CONFIG_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's name
 METADATA_FILE = "lit_phi2.json"
+FOLDER_FORMAT = 2  # raised when a key of METADATA_FILE changes its name or meaning
 
-# The settings of LoRA variants, and the only value of each that the fused layer computes.
-_PLAIN_LORA = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+_METADATA = {
+    "format_version": integer(1, 2**31 - 1),
+    "base": TEXT,
+    "base_revision": TEXT,
+    "base_digest": TEXT,
+    "template_version": integer(0, 2**31 - 1),
+    "digest": TEXT,
+}
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter in plain PEFT form for transformers' own Phi; each file is complete or absent."""
     folder.mkdir(parents=True, exist_ok=True)
-    targets = [
-        hf_target
-        for target in adapter.settings.target_modules
-        for hf_target in (QKV_PROJECTIONS if target == "Wqkv" else (target,))
-    ]
-    config = LoraConfig(
+    targets = hf_targets(adapter.settings.target_modules)
+    lora_config = LoraConfig(
         r=adapter.settings.lora_r,
         lora_alpha=adapter.settings.lora_alpha,
         target_modules=targets,
@@ -47,13 +52,16 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         base_model_name_or_path=adapter.base["base"],
         inference_mode=True,
     ).to_dict()
-    config["target_modules"] = targets  # PEFT keeps a set, whose order changes from run to run
+    lora_config["target_modules"] = targets  # PEFT keeps a set, whose order changes from run to run
+    config = json.dumps(lora_config, indent=2, default=str) + "\n"
     weights = split_qkv(adapter.weights)
-    metadata = {**adapter.base, **asdict(adapter.settings), "template_version": adapter.template_version}
-    metadata["weights_digest"] = _weights_digest(weights)
-    atomic_write(folder / WEIGHTS_FILE, save(weights, {"format": "pt"}))
-    atomic_write(folder / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2, default=str) + "\n")
-    atomic_write(folder / METADATA_FILE, json.dumps(metadata, indent=2) + "\n")
+    metadata = {"format_version": FOLDER_FORMAT, **adapter.base, "template_version": adapter.template_version}
+    metadata["digest"] = _folder_digest(weights, json.loads(config), metadata)
+    # Of two exports to one folder the second waits, so that the files of the folder belong together.
+    with file_lock(folder / "adapter.lock", waiting=f"{folder}: waiting for another export"):
+        atomic_write(folder / WEIGHTS_FILE, save(weights, {"format": "pt"}))
+        atomic_write(folder / ADAPTER_CONFIG_FILE, config)
+        atomic_write(folder / METADATA_FILE, json.dumps(metadata, indent=2) + "\n")
 
 
 def read_peft_folder(folder: Path) -> Adapter:
@@ -62,48 +70,57 @@ def read_peft_folder(folder: Path) -> Adapter:
     Raises:
         InputError: a file is missing or damaged, or the fused model cannot represent the adapter.
     """
+    config_file = folder / ADAPTER_CONFIG_FILE
+    config = read_json_object(config_file)
+    metadata = _read_metadata(folder / METADATA_FILE)
     try:
-        config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
         weights = load_file(folder / WEIGHTS_FILE)
-        metadata_file = folder / METADATA_FILE
-        metadata = json.loads(metadata_file.read_text("utf-8")) if metadata_file.is_file() else {}
     except Exception as error:  # missing, damaged, or not what its name says
         raise InputError(
-            f"{folder}: is not a folder with a complete adapter ({ADAPTER_CONFIG_FILE}, {WEIGHTS_FILE}): {error}"
+            f"{folder}: is not a folder with a complete adapter: {WEIGHTS_FILE} cannot be read ({error})."
         ) from error
-    _check_digest(folder, weights, metadata)
-    for key, plain in _PLAIN_LORA.items():
-        if config.get(key, plain) != plain:
-            raise InputError(f"{folder / ADAPTER_CONFIG_FILE}: {key} is {config[key]!r}; only {plain!r} is supported.")
-    targets = [target for target in config["target_modules"] if target not in QKV_PROJECTIONS]
-    if any(target in config["target_modules"] for target in QKV_PROJECTIONS):
-        targets.insert(0, "Wqkv")
+    if metadata:
+        _check_digest(folder, _folder_digest(weights, config, metadata), metadata["digest"])
     return Adapter(
         weights=merge_qkv(weights, source=str(folder)),
-        settings=LoraSettings(
-            int(config["r"]), int(config["lora_alpha"]), tuple(metadata.get("target_modules", targets))
-        ),
+        settings=read_lora_settings(config, source=str(config_file)),
         base={
-            "base": str(metadata.get("base", config["base_model_name_or_path"])),
-            "base_revision": str(metadata.get("base_revision", "")),
-            "base_digest": str(metadata.get("base_digest", "")),
+            "base": metadata.get("base", config.get("base_model_name_or_path") or ""),
+            "base_revision": metadata.get("base_revision", ""),
+            "base_digest": metadata.get("base_digest", ""),
         },
-        template_version=int(metadata.get("template_version", 0)),
+        template_version=metadata.get("template_version", 0),
     )
 
 
-def _check_digest(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Refuse weights that differ from those that were written; other tools write no digest."""
-    expected, digest = metadata.get("weights_digest"), _weights_digest(weights)
-    if expected not in (None, digest):
+def _read_metadata(file: Path) -> dict[str, Any]:
+    """What lit_phi2 wrote beside the adapter; empty for an adapter of another tool."""
+    if not file.exists():
+        return {}
+    metadata = read_json_object(file)
+    format_version = metadata.get("format_version", 1)  # the first format had none
+    if format_version != FOLDER_FORMAT:
         raise InputError(
-            f"{folder / WEIGHTS_FILE}: is damaged: its digest is {digest[:16]}, but {METADATA_FILE} has "
-            f"{str(expected)[:16]}. Export the adapter again."
+            f"{file}: was written by another lit_phi2: its format is {describe(format_version)}, this one reads "
+            f"{FOLDER_FORMAT}. Train again, or remove {file.name}: the adapter is then used on model.base, "
+            "whichever base it was trained on."
+        )
+    check_values(metadata, _METADATA, source=str(file), required=_METADATA)
+    return metadata
+
+
+def _check_digest(folder: Path, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise InputError(
+            f"{folder}: is damaged, or {WEIGHTS_FILE} or {ADAPTER_CONFIG_FILE} was changed: their digest is "
+            f"{digest[:16]}, but {METADATA_FILE} has {expected[:16]}. Export the adapter again."
         )
 
 
-def _weights_digest(weights: Mapping[str, Tensor]) -> str:
-    return tree_digest(dict(sorted(weights.items())))
+def _folder_digest(weights: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    """Of the weights and of all that is said about them, however the files are formatted."""
+    values = [{key: value for key, value in metadata.items() if key != "digest"}, config]
+    return tree_digest([json.dumps(values, sort_keys=True), dict(sorted(weights.items()))])
 
 
 def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,21 +140,27 @@ def merge_qkv(hf_weights: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
     """The inverse of split_qkv.
 
     Raises:
-        InputError: q, k and v do not share their A, so one fused layer of this rank cannot hold them.
+        InputError: only some of q, k and v have weights, or they do not share their A, so one fused layer of this rank
+            cannot hold them.
     """
     weights: dict[str, Tensor] = {}
     for name, weight in hf_weights.items():
-        if ".q_proj." in name:
-            names = [name.replace(".q_proj.", f".{projection}.") for projection in QKV_PROJECTIONS]
-            if missing := [name for name in names if name not in hf_weights]:
-                raise InputError(f"{source}: adapts q_proj but has no weight {missing[0]!r}.")
-            parts = [hf_weights[name] for name in names]
-            if ".lora_A." in name and not all(torch.equal(parts[0], part) for part in parts[1:]):
-                raise InputError(
-                    f"{source}: q_proj, k_proj and v_proj have different A ({name!r}), which a fused Wqkv cannot "
-                    "represent. Only adapters trained on a fused Wqkv can be loaded."
-                )
-            weights[name.replace(".q_proj.", ".Wqkv.")] = weight if ".lora_A." in name else torch.cat(parts)
-        elif ".k_proj." not in name and ".v_proj." not in name:
+        projection = next((projection for projection in QKV_PROJECTIONS if f".{projection}." in name), None)
+        if projection is None:
             weights[name] = weight
+            continue
+        names = [name.replace(f".{projection}.", f".{other}.") for other in QKV_PROJECTIONS]
+        if missing := [other for other in names if other not in hf_weights]:
+            raise InputError(f"{source}: adapts {projection} but has no weight {missing[0]!r}.")
+        if projection != QKV_PROJECTIONS[0]:
+            continue
+        parts = [hf_weights[other] for other in names]
+        if ".lora_A." in name and not all(torch.equal(parts[0], part) for part in parts[1:]):
+            raise InputError(
+                f"{source}: q_proj, k_proj and v_proj have different A ({name!r}), which a fused Wqkv cannot "
+                "represent. Only adapters trained on a fused Wqkv can be loaded."
+            )
+        if parts[0].dim() != 2 or len({part.shape[1:] for part in parts}) > 1:
+            raise InputError(f"{source}: q_proj, k_proj and v_proj have weights of different shapes ({name!r}).")
+        weights[name.replace(".q_proj.", ".Wqkv.")] = weight if ".lora_A." in name else torch.cat(parts)
     return weights

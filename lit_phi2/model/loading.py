@@ -5,19 +5,20 @@
 Rows are copied and nothing is computed, so the fused model is exactly the checkpoint's.
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PhiConfig
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
+from lit_phi2.base_config import CONFIG_FILE, make_phi_config
+from lit_phi2.base_digest import check_unchanged
 from lit_phi2.errors import InputError
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
-from lit_phi2.pretrained import BaseModel
+from lit_phi2.pretrained import BaseModel, read_model_config
+
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them; integers would need a scale
 
 
 def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
@@ -26,43 +27,58 @@ def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
     Weights are read one tensor at a time, so a float16 Phi-2 of 5.6 GB takes 5.6 GB in bfloat16 and never twice that.
 
     Raises:
-        InputError: a weight is missing, unexpected or of another shape, or its file is damaged.
+        InputError: see check_weights; or a file changed since the base was found.
     """
-    config = PhiConfig.from_pretrained(base.folder, local_files_only=True)
+    check_weights(base)
+    _ = base.digest  # of the files that are read here: a checkpoint written hours later must not see newer ones
+    model = empty_phi2(base)
+    config = model.config
     config.dtype = dtype
-    with torch.device("meta"):
-        model = FusedPhiForCausalLM(config)
     nn.Module.to(model, dtype).to_empty(device="cpu")
     model.model.rotary_emb = PhiRotaryEmbedding(config)  # its frequencies are computed, not saved
-    try:
-        problems = _copy_weights(base.folder, dict(_hf_parameter_views(model)))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"model.base: the weights in {base.folder} cannot be read ({error}). Download them again."
-        ) from error
-    for kind, names in problems.items():
-        if names:
-            raise InputError(
-                f"model.base: the weights in {base.folder} do not match its config.json: {kind}, the first of "
-                f"{len(names)} is {min(names)}. Download them again."
-            )
+    views = dict(_hf_parameter_views(model))
+    for name, weight in _iter_weights(base):
+        views[name].copy_(weight)
+    check_unchanged(base.folder, base.files)
     return model.eval()
 
 
-def _copy_weights(folder: Path, views: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Copy the weights of a checkpoint; returns the names of those that do not fit, by kind of problem."""
-    mismatched: list[str] = []
-    unexpected: list[str] = []
-    missing = set(views)
-    for name, weight in _iter_weights(folder):
-        if name not in views:
-            unexpected.append(name)
-        elif weight.shape != views[name].shape:
-            mismatched.append(name)
-        else:
-            views[name].copy_(weight)
-        missing.discard(name)
-    return {"missing keys": sorted(missing), "mismatched keys": mismatched, "unexpected keys": unexpected}
+def empty_phi2(base: BaseModel) -> FusedPhiForCausalLM:
+    """The base without memory, on the meta device: names and shapes alone."""
+    config = make_phi_config(read_model_config(base))
+    with torch.device("meta"):
+        return FusedPhiForCausalLM(config)
+
+
+def check_weights(base: BaseModel) -> None:
+    """Compare names, shapes and dtypes in the weight files with config.json, before memory is allocated.
+
+    Raises:
+        InputError: a weight is missing, unexpected, there twice, or of another shape, or a file is damaged.
+    """
+    expected = {name: list(view.shape) for name, view in _hf_parameter_views(empty_phi2(base))}
+    problems: dict[str, list[str]] = {
+        kind: [] for kind in ("missing keys", "repeated keys", "mismatched keys", "integer keys", "unexpected keys")
+    }
+    seen: set[str] = set()
+    for file in base.weight_files:
+        for name, shape, dtype in _read_header(base, file):
+            if name in seen:
+                problems["repeated keys"].append(name)
+            elif name not in expected:
+                problems["unexpected keys"].append(name)
+            elif shape != expected[name]:
+                problems["mismatched keys"].append(name)
+            elif dtype not in _WEIGHT_DTYPES:
+                problems["integer keys"].append(name)
+            seen.add(name)
+    problems["missing keys"] = [name for name in expected if name not in seen]
+    for kind, names in problems.items():
+        if names:
+            raise InputError(
+                f"model.base: the weights in {base.folder} do not match its {CONFIG_FILE}: {kind}, the first of "
+                f"{len(names)} is {min(names)}. Download them again."
+            )
 
 
 def _hf_parameter_views(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tensor]]:
@@ -75,23 +91,40 @@ def _hf_parameter_views(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tenso
             yield name.replace(".Wqkv.", f".{projection}_proj."), rows
 
 
-def _iter_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_header(base: BaseModel, file: str) -> list[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each tensor in a file."""
+    try:
+        with safe_open(base.folder / file, "pt") as weights:
+            slices = [(name, weights.get_slice(name)) for name in weights.keys()]  # noqa: SIM118  not a dict
+            return [(name, item.get_shape(), item.get_dtype()) for name, item in slices]
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(base, file, error) from error
+
+
+def _iter_weights(base: BaseModel) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint, one at a time, each mapped from its file until it is released."""
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    for shard in shards:
-        with safe_open(folder / shard, "pt") as file:
-            names = list(file.keys())
-        for name in names:  # the file is opened for each tensor: what was read stays in memory until it is closed
-            with safe_open(folder / shard, "pt") as file:
-                yield name, file.get_tensor(name)
+    for file in base.weight_files:
+        for name, _, _ in _read_header(base, file):
+            try:
+                # Opened for each tensor: what was read stays in memory until the file is closed.
+                with safe_open(base.folder / file, "pt") as weights:
+                    weight = weights.get_tensor(name)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise _unreadable(base, file, error) from error
+            yield name, weight
+
+
+def _unreadable(base: BaseModel, file: str, error: Exception) -> InputError:
+    return InputError(f"model.base: the weights in {base.folder / file} cannot be read ({error}). Download them again.")
 
 
 def linear_layers(base: BaseModel) -> dict[str, int]:
     """Name of each linear layer of a block -> number of blocks that have it, without loading the base."""
-    with torch.device("meta"):
-        blocks = FusedPhiForCausalLM(PhiConfig.from_pretrained(base.folder, local_files_only=True)).model.layers
-    names = [name.rpartition(".")[2] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
-    return {name: names.count(name) for name in names}
+    blocks = empty_phi2(base).model.layers
+    layers = [name.rpartition(".")[2] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
+    return {name: layers.count(name) for name in layers}
+
+
+def num_parameters(base: BaseModel) -> int:
+    """Parameters of the base, without loading it."""
+    return sum(parameter.numel() for parameter in empty_phi2(base).parameters())

@@ -171,6 +171,23 @@ def load_adapter_state_dict(model: PeftModel, weights: Mapping[str, Tensor], *, 
     Raises:
         InputError: a weight is missing, unexpected or of another shape; names the first.
     """
+    check_adapter_state_dict(model, weights, source=source)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            parameter.copy_(weights[name])
+
+
+def check_adapter_state_dict(model: PeftModel, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Compare the names, shapes and dtypes of an adapter's weights with a model, which may be on the meta device.
+
+    Args:
+        model: with an adapter of the same settings.
+        weights: by the names that PEFT gives them on disk.
+        source: where the weights come from, for messages.
+
+    Raises:
+        InputError: a weight is missing, unexpected or of another shape or kind; names the first.
+    """
     parameters = trainable_parameters(model)
     for name in [*parameters, *weights]:
         if name not in weights:
@@ -180,6 +197,5 @@ def load_adapter_state_dict(model: PeftModel, weights: Mapping[str, Tensor], *, 
         shape, expected = tuple(weights[name].shape), tuple(parameters[name].shape)
         if shape != expected:
             raise InputError(f"{source}: weight {name!r} has shape {shape}; expected {expected}.")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+        if not weights[name].is_floating_point():
+            raise InputError(f"{source}: weight {name!r} is {weights[name].dtype}; expected floating-point numbers.")

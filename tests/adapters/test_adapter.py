@@ -86,6 +86,11 @@ def test_an_adapter_survives_being_written_and_read(phi_dir: Path, tmp_path: Pat
     assert (plain.settings.lora_r, set(plain.settings.target_modules)) == (4, {"Wqkv", "fc1", "fc2"})
 
 
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
 def test_projections_with_different_a_are_refused(phi_dir: Path, tmp_path: Path) -> None:
     save_adapter(new_module(phi_dir).trained_adapter(), tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
@@ -99,9 +104,52 @@ def test_projections_with_different_a_are_refused(phi_dir: Path, tmp_path: Path)
 
 def test_a_lora_variant_is_refused(phi_dir: Path, tmp_path: Path) -> None:
     save_adapter(new_module(phi_dir).trained_adapter(), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(InputError, match="use_dora is True; only False is supported"):
+    (tmp_path / "lit_phi2.json").unlink()  # as other tools write it
+    edit_config(tmp_path, use_dora=True)
+    with pytest.raises(InputError, match="use_dora is true; expected false"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 16}, {"r": 2}, {"target_modules": ["fc1"]}, {"some_key": None}])
+def test_a_changed_adapter_config_is_noticed(change: dict[str, object], phi_dir: Path, tmp_path: Path) -> None:
+    """Alpha alone doubles every update of the same weights."""
+    save_adapter(new_module(phi_dir).trained_adapter(), tmp_path)
+    edit_config(tmp_path, **change)
+    with pytest.raises(InputError, match=r"adapter_config\.json was changed: their digest is"):
+        read_adapter(tmp_path)
+
+
+def test_only_values_count_for_the_digest(phi_dir: Path, tmp_path: Path) -> None:
+    """Another order of keys or other white space says the same."""
+    adapter = new_module(phi_dir).trained_adapter()
+    save_adapter(adapter, tmp_path)
+    for name in ("adapter_config.json", "lit_phi2.json"):
+        content = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(dict(reversed(content.items())), indent=7))
+    assert read_adapter(tmp_path).settings == adapter.settings
+
+
+def test_an_adapter_of_the_former_format_says_how_to_use_it(phi_dir: Path, tmp_path: Path) -> None:
+    """Its digest covered the weights alone, and its base's digest a part of the base: neither can be compared."""
+    adapter = new_module(phi_dir).trained_adapter()
+    save_adapter(adapter, tmp_path)
+    former = {**adapter.base, "lora_r": 4, "lora_alpha": 8, "template_version": 1, "weights_digest": "0" * 64}
+    (tmp_path / "lit_phi2.json").write_text(json.dumps(former))
+    with pytest.raises(InputError, match=r"its format is 1, this one reads 2\. Train again, or remove lit_phi2\.json"):
+        read_adapter(tmp_path)
+    (tmp_path / "lit_phi2.json").unlink()
+    assert read_adapter(tmp_path).base["base_digest"] == ""
+
+
+def test_a_projection_alone_is_never_dropped(phi_dir: Path, tmp_path: Path) -> None:
+    """v_proj without q_proj would have no place in Wqkv."""
+    save_adapter(new_module(phi_dir).trained_adapter(), tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "q_proj" not in name and "k_proj" not in name}
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "lit_phi2.json").unlink()  # as other tools write it: no digest
+    edit_config(tmp_path, target_modules=["fc1", "fc2"])
+    with pytest.raises(InputError, match="adapts v_proj but has no weight"):
         read_adapter(tmp_path)
 
 
@@ -123,7 +171,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match=r"x\.ckpt: is not a complete checkpoint"):
         read_adapter(tmp_path / "x.ckpt")
-    with pytest.raises(InputError, match="is not a folder with a complete adapter"):
+    with pytest.raises(InputError, match=r"adapter_config\.json: cannot be read"):
         read_adapter(tmp_path)
 
 

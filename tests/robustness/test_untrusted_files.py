@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,29 +92,38 @@ def test_a_pickle_in_an_adapter_folder_is_refused_unexecuted(
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("part", ["checkpoints/last.ckpt", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "checkpoints/last.ckpt",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/lit_phi2.json",
+    ],
+)
 def test_a_flipped_bit_or_a_truncated_file_is_refused(part: str, run: Path, tmp_path: Path) -> None:
-    """For any bit: the file is refused, or the weights are unchanged."""
+    """For any bit: the file is refused, or the adapter is unchanged, with all that is said about it."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     file = copy / part
     readable = file if file.suffix == ".ckpt" else file.parent
-    expected, content = read_adapter(readable).weights, file.read_bytes()
+    expected, content = read_adapter(readable), file.read_bytes()
     rng, messages = random.Random(0), list[str]()
     for _ in range(NUM_FLIPS):
         damaged = bytearray(content)
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
         try:
-            weights = read_adapter(readable).weights
+            adapter = read_adapter(readable)
         except InputError as error:
             messages.append(str(error))
         else:
-            assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+            assert all(torch.equal(adapter.weights[name], weight) for name, weight in expected.weights.items())
+            assert replace(adapter, weights={}) == replace(expected, weights={})
     assert len(messages) > 0.5 * NUM_FLIPS
     assert all(str(readable) in message for message in messages)
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match="is not a"):
+    with pytest.raises(InputError, match=r"is not (a|valid JSON)"):
         read_adapter(readable)
 
 
@@ -146,7 +156,7 @@ def test_a_checkpoint_of_the_former_format_is_refused(
     for command in ("fit", "predict"):
         message = error_of([command, "--ckpt_path", str(file), "--model.base", str(phi_dir)], capsys)
         (line,) = (line for line in message.splitlines() if line.startswith("error: "))
-        assert f"{file}: is a checkpoint of another lit_phi2: its format is 1, this one reads 2" in line
+        assert f"{file}: is a checkpoint of another lit_phi2: its format is 1, this one reads 3" in line
 
 
 HOSTILE_CONFIGS = {

@@ -1,0 +1,143 @@
+"""adapter_config.json of any tool: plain LoRA is accepted, and every setting that means something else is named."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PhiForCausalLM
+
+from lit_phi2.adapters.checkpoint import read_adapter
+from lit_phi2.adapters.lora_config import read_lora_settings
+from lit_phi2.errors import InputError
+from lit_phi2.model.lora import LoraSettings
+
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "fc1"]}
+SETTINGS = LoraSettings(4, 8, ("Wqkv", "fc1"))
+
+# A value of each key that says how a trained adapter came about, and not what it computes.
+HARMLESS = {
+    "task_type": "CAUSAL_LM",
+    "auto_mapping": {"base_model_class": "PhiForCausalLM"},
+    "peft_version": "99.0",
+    "revision": "main",
+    "inference_mode": True,
+    "lora_dropout": 0.1,
+    "base_model_name_or_path": "somebody/else",
+    "init_lora_weights": "gaussian",
+}
+# A value other than the default of each key that changes what the weights mean, or what they are added to.
+MEANINGFUL: dict[str, Any] = {
+    "exclude_modules": ["fc1"],
+    "fan_in_fan_out": True,
+    "bias": "all",
+    "use_rslora": True,
+    "modules_to_save": ["lm_head"],
+    "layers_to_transform": 0,
+    "layers_pattern": "layers",
+    "rank_pattern": {"fc1": 8},
+    "alpha_pattern": {"fc1": 8},
+    "megatron_config": {"tensor_model_parallel_size": 2},
+    "megatron_core": "other.core",
+    "trainable_token_indices": [7],
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 2.0},
+    "corda_config": {"corda_method": "kpm"},
+    "lora_ga_config": {"direction": "random"},
+    "use_dora": True,
+    "velora_config": {},
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "qalora_group_size": 32,
+    "monteclora_config": {},
+    "layer_replication": [[0, 2], [1, 2]],
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "lora_bias": True,
+    "target_parameters": ["fc1.weight"],
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 1},
+    "kasa_config": {},
+    "ensure_weight_tying": True,
+}
+KEYS = sorted({field.name for field in dataclasses.fields(LoraConfig)} - PLAIN.keys())
+
+
+def read(**changes: Any) -> LoraSettings:
+    return read_lora_settings(PLAIN | changes, source="adapter_config.json")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_of_peft_is_harmless_or_refused_by_name(key: str) -> None:
+    """A key that a newer PEFT adds fails here until it is put into one of the two tables, and is refused meanwhile."""
+    assert key in HARMLESS or key in MEANINGFUL
+    if key in HARMLESS:
+        assert read(**{key: HARMLESS[key]}) == SETTINGS
+        return
+    with pytest.raises(InputError, match=rf"adapter_config\.json: {key} is "):
+        read(**{key: MEANINGFUL[key]})
+
+
+@pytest.mark.parametrize("key", sorted(LoraConfig().to_dict().keys() - PLAIN.keys()))
+def test_every_key_of_peft_is_accepted_with_its_default(key: str) -> None:
+    """What PEFT writes for plain LoRA, and null."""
+    default = json.loads(json.dumps(LoraConfig().to_dict()[key], default=str))
+    assert read(**{key: default}) == SETTINGS
+    assert key == "init_lora_weights" or read(**{key: None}) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", "mica", "unheard_of"],
+)
+def test_an_initialization_that_changes_the_base_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"init_lora_weights is '{name}'; expected one of True, False, gaussian"):
+        read(init_lora_weights=name)
+
+
+@pytest.mark.parametrize("value", [True, False, "gaussian", "orthogonal"])
+def test_an_initialization_of_a_and_b_alone_is_accepted(value: Any) -> None:
+    assert read(init_lora_weights=value) == SETTINGS
+
+
+def test_an_unknown_key_is_accepted_only_unset() -> None:
+    """It may be of a PEFT to come. 0 is set: of layers_to_transform it is a layer."""
+    for unset in (None, False, "", [], {}):
+        assert read(some_new_variant=unset) == SETTINGS
+    for value in (True, 0, 1, "x", [0], {"a": None}):
+        with pytest.raises(InputError, match=r"some_new_variant is .*; this key is unknown here"):
+            read(some_new_variant=value)
+
+
+def test_a_whole_alpha_is_accepted_as_a_float() -> None:
+    assert read(lora_alpha=8.0) == SETTINGS
+    with pytest.raises(InputError, match=r"lora_alpha is 2\.5; expected a whole number"):
+        read(lora_alpha=2.5)
+
+
+@pytest.mark.parametrize("named", [["q_proj"], ["v_proj", "q_proj"], ["k_proj"]])
+def test_only_some_of_q_k_and_v_are_refused(named: list[str]) -> None:
+    """A fused Wqkv would adapt all three."""
+    with pytest.raises(InputError, match="a fused Wqkv needs q_proj, k_proj and v_proj"):
+        read(target_modules=[*named, "fc1"])
+
+
+def test_an_adapter_that_plain_peft_wrote_is_read(phi_dir: Path, tmp_path: Path) -> None:
+    """Reference: PEFT's own state, with one A for q, k and v, as a fused layer has it."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft: PeftModel = get_peft_model(PhiForCausalLM.from_pretrained(phi_dir), config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_A" in name:
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
+            elif "lora_B" in name:
+                parameter.normal_()
+    peft.save_pretrained(tmp_path, save_embedding_layers=False)
+    adapter = read_adapter(tmp_path)
+    assert adapter.settings == LoraSettings(4, 8, ("Wqkv",))
+    assert adapter.base["base_digest"] == ""
+    layer = peft.get_base_model().model.layers[1].self_attn
+    expected = torch.cat([getattr(layer, f"{name}_proj").lora_B["default"].weight for name in "qkv"])
+    assert torch.equal(adapter.weights["base_model.model.model.layers.1.self_attn.Wqkv.lora_B.weight"], expected)
