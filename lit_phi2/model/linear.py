@@ -2,10 +2,10 @@
 
     x (N, K) @ matrix (K, M) -> (N, M)        W^T in the forward pass, W in the backward pass
 
-A CPU multiplies bfloat16 fast only with AMX or AVX512-BF16. On other CPUs torch falls back to loops that take seven
-times as long as float32 in the forward pass and three hundred times as long in the backward pass. There the matrix is
-converted to float32 in chunks that fit a cache, which gives the speed of float32 with half its memory. Sums are kept in
-float32, as AMX does, and rounded once.
+Only some CPUs multiply bfloat16 faster than float32: those with AMX, and some of those with AVX512-BF16. Without
+either, torch falls back to loops that take seven times as long as float32 in the forward pass and three hundred times
+as long in the backward pass. Where float32 is faster the matrix is converted to it in chunks that fit a cache, which
+gives the speed of float32 with half its memory. Sums are kept in float32, as AMX does, and rounded once.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_phi2.model.device import has_native_bf16
+from lit_phi2.model.device import has_fast_bf16
 
 CHUNK_NUMEL = 2**21  # elements of a weight that are float32 at the same time: 8 MiB
 EMULATION_MIN_ROWS = 5  # with fewer rows torch's own loops are faster: decoding multiplies one token per completion
@@ -121,7 +121,7 @@ def _add_bias_and_lora(
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which x, (N, ...), is multiplied: its own, or float32 where the CPU has no bfloat16."""
+    """The dtype in which x, (N, ...), is multiplied: its own, or float32 where the CPU multiplies that faster."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) < EMULATION_MIN_ROWS:
         return x.dtype
     return torch.float32 if emulates_bf16() else x.dtype
@@ -129,5 +129,5 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 @functools.cache
 def emulates_bf16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 in float32, because it has no instructions for it."""
-    return not has_native_bf16(torch.device("cpu"))[0]
+    """Whether bfloat16 weights are multiplied in float32, because this machine's CPU does that faster."""
+    return not has_fast_bf16(torch.device("cpu"))[0]

@@ -12,6 +12,8 @@ from gpu_parts.settings import Settings
 from lit_phi2.model.device import choose_dtype
 from measurement import cpu_name
 
+PHI2_PARAMETERS = 2_779_683_840  # whatever settings.layers is: it decides the dtype on a CPU alone
+
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     device = torch.device(settings.device)
@@ -29,13 +31,13 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         facts["memory_gib"] = round(properties.total_memory / 2**30, 1)
         facts["capability"] = f"sm{properties.major}{properties.minor}"
     torch.ones(1, device=device).add_(1)  # fails here if the driver does not fit
-    facts["dtype"] = f"{compute_dtype(settings)}: {choose_dtype(settings.dtype, device)[1]}"
+    facts["dtype"] = f"{compute_dtype(settings)}: {choose_dtype(settings.dtype, device, PHI2_PARAMETERS)[1]}"
     yield facts | {"summary": f"{facts['device']}, torch {facts['torch']}, CUDA {facts['cuda']}"}
 
 
 def compute_dtype(settings: Settings) -> str:
     """The dtype that the settings choose on their device, as model.dtype takes it."""
-    return str(choose_dtype(settings.dtype, torch.device(settings.device))[0]).removeprefix("torch.")
+    return str(choose_dtype(settings.dtype, torch.device(settings.device), PHI2_PARAMETERS)[0]).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:

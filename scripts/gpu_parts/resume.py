@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpu_parts.settings import Settings
 from lit_phi2.data.datamodule import ClaimsDataModule
-from lit_phi2.model.device import has_native_bf16
+from lit_phi2.model.device import has_fast_bf16
 from lit_phi2.model.lora import adapter_state_dict
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.trainer import Trainer
@@ -50,7 +50,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     """
     results = {}
     for dtype in ("float32", "bfloat16"):
-        if settings.device == "mps" and not has_native_bf16(torch.device("mps"))[0] and dtype == "bfloat16":
+        if settings.device == "mps" and not has_fast_bf16(torch.device("mps"))[0] and dtype == "bfloat16":
             continue  # refused by model.dtype
         results[dtype] = compare(settings, dtype)
         verdicts = {name: "equal" if result["equal"] else "DIFFERENT" for name, result in results.items()}

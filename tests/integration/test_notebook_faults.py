@@ -17,6 +17,8 @@ from lit_phi2.model import device
 from lit_phi2.model.device import choose_dtype
 from lit_phi2.types import IGNORE_INDEX, Batch
 
+PHI2_PARAMETERS = 2_779_683_840
+
 Records = list[dict[str, str]]
 
 
@@ -64,9 +66,9 @@ def test_wqkv_is_adapted_and_not_only_fc1_and_fc2(phi_dir: Path, train_file: Pat
 
 def test_auto_is_bfloat16_where_fast_and_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "cpu_bf16_instructions", lambda: "AMX")
-    assert choose_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu"), PHI2_PARAMETERS)[0] == torch.bfloat16
     with pytest.raises(InputError, match="float16 is refused"):
-        choose_dtype("float16", torch.device("cpu"))
+        choose_dtype("float16", torch.device("cpu"), PHI2_PARAMETERS)
 
 
 def test_the_adapter_is_saved(phi_dir: Path, train_file: Path, tmp_path: Path) -> None:

@@ -1,46 +1,103 @@
-"""The compute dtype follows the device; what cannot work is refused."""
+"""The compute dtype follows the device and the model; what cannot work is refused."""
 
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
 from lit_phi2.errors import InputError
 from lit_phi2.model import device
-from lit_phi2.model.device import choose_dtype
+from lit_phi2.model.device import bf16_speedup, choose_dtype, has_fast_bf16, total_memory
 
 CPU = torch.device("cpu")
+MEMORY = 24 * 2**30
+SMALL, PHI2 = 9_000_000, 2_779_683_840  # parameters: 36 MB and 11 GB in float32
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A CPU with the given instructions and speed of bfloat16, and 24 GiB of memory."""
+    instructions, speedup = request.param
+    monkeypatch.setattr(device, "cpu_bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(device, "bf16_speedup", lambda: speedup)
+    monkeypatch.setattr(device, "total_memory", lambda: MEMORY)
+
+
+FAST = [("AMX", 0.0), ("AVX512-BF16", 2.3)]
+SLOW = [(None, 0.0), ("AVX512-BF16", 0.6)]
+
+
+@pytest.mark.parametrize("cpu", FAST, indirect=True)
+@pytest.mark.usefixtures("cpu")
+def test_auto_is_bfloat16_on_a_cpu_that_is_faster_with_it() -> None:
+    assert choose_dtype("auto", CPU, SMALL)[0] == torch.bfloat16
+    assert choose_dtype("auto", CPU, PHI2)[0] == torch.bfloat16
+
+
+@pytest.mark.parametrize("cpu", SLOW, indirect=True)
+@pytest.mark.usefixtures("cpu")
+def test_auto_is_float32_on_other_cpus_where_it_takes_little_memory() -> None:
+    dtype, reason = choose_dtype("auto", CPU, SMALL)
+    assert dtype == torch.float32
+    assert reason.endswith("36 MB of float32 weights are less than a quarter of the memory")
+    dtype, reason = choose_dtype("auto", CPU, PHI2)
+    assert dtype == torch.bfloat16
+    assert reason.endswith("11,119 MB of float32 weights are more than a quarter of the memory")
 
 
 @pytest.mark.parametrize(
-    ("instructions", "message"),
-    [("AMX", "this CPU has AMX"), ("AVX512-BF16", "this CPU has AVX512-BF16"), (None, "multiplied in float32")],
+    ("cpu", "message"),
+    [
+        (("AMX", 0.0), "this CPU has AMX"),
+        (("AVX512-BF16", 2.3), "this CPU's AVX512-BF16 multiplies bfloat16 2.3 times as fast as float32"),
+        (("AVX512-BF16", 0.6), "this CPU's AVX512-BF16 multiplies bfloat16 0.6 times as fast as float32"),
+        ((None, 0.0), "this CPU has neither AMX nor AVX512-BF16"),
+    ],
+    indirect=["cpu"],
 )
-def test_auto_on_a_cpu_is_bfloat16_and_gives_the_reason(
-    instructions: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("cpu")
+def test_the_reason_names_the_instructions(message: str) -> None:
+    assert message in choose_dtype("auto", CPU, PHI2)[1]
+    assert has_fast_bf16(CPU)[1] == message
+
+
+def test_measuring_the_speed_of_bfloat16_keeps_the_threads() -> None:
+    num_threads = torch.get_num_threads()
+    bf16_speedup.cache_clear()
+    speedup = bf16_speedup()
+    assert 0 < speedup < 100
+    assert bf16_speedup() == speedup, "measured once in a process"
+    assert torch.get_num_threads() == num_threads
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max\n", None), (f"{2**20}\n", 2**20), (f"{2**60}\n", None)])
+def test_memory_is_the_machines_or_the_containers(
+    limit: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "cpu_bf16_instructions", lambda: instructions)
-    dtype, reason = choose_dtype("auto", CPU)
-    assert dtype == torch.bfloat16
-    assert message in reason
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(device, "CGROUP_LIMIT", tmp_path / "memory.max")
+    assert total_memory() == (expected or psutil.virtual_memory().total)
 
 
 def test_a_requested_dtype_is_used() -> None:
-    assert choose_dtype("float32", CPU)[0] == torch.float32
-    assert choose_dtype("bfloat16", CPU)[0] == torch.bfloat16
+    assert choose_dtype("float32", CPU, SMALL)[0] == torch.float32
+    assert choose_dtype("bfloat16", CPU, SMALL)[0] == torch.bfloat16
 
 
 def test_float16_is_refused_with_the_reason() -> None:
     with pytest.raises(InputError, match="float16 is refused: Phi-2's attention overflows"):
-        choose_dtype("float16", CPU)
+        choose_dtype("float16", CPU, SMALL)
 
 
 @pytest.mark.cuda
 def test_auto_on_a_recent_cuda_card_is_bfloat16() -> None:
     major, _ = torch.cuda.get_device_capability()
-    assert choose_dtype("auto", torch.device("cuda"))[0] == (torch.bfloat16 if major >= 8 else torch.float32)
+    assert choose_dtype("auto", torch.device("cuda"), SMALL)[0] == (torch.bfloat16 if major >= 8 else torch.float32)
 
 
 @pytest.mark.mps
 def test_auto_on_an_apple_gpu_gives_a_dtype_it_supports() -> None:
-    dtype, _ = choose_dtype("auto", torch.device("mps"))
+    dtype, _ = choose_dtype("auto", torch.device("mps"), SMALL)
     ones = torch.ones(8, 8, dtype=dtype, device="mps")
     assert (ones @ ones).sum().item() == 8 * 64
