@@ -2,7 +2,8 @@
 
     2           InputError       config, arguments or data must change
     1           NonFiniteError   a loss or a gradient norm is NaN or infinite
-    130, 143    RunInterrupted   Ctrl-C or SIGTERM, after saving
+    1           IncompleteError  an output would lack a part
+    130, 143    RunInterrupted   Ctrl-C or SIGTERM
 
 The reader can act on the message of each, so the command line prints that message without a traceback.
 """
@@ -20,11 +21,19 @@ class NonFiniteError(RuntimeError):
     exit_code = 1
 
 
-class RunInterrupted(Exception):  # noqa: N818  not an error: a signal stopped the run, and its state is saved
-    """A signal stopped the run after its state was saved.
+class IncompleteError(RuntimeError):
+    """An output would lack a part of what it must hold, so it is not written."""
+
+    exit_code = 1
+
+
+class RunInterrupted(BaseException):
+    """A signal stopped the run.
+
+    Not an Exception, as KeyboardInterrupt is not: a library that handles every Exception must not continue the run.
 
     Args:
-        message: what was saved and how to continue.
+        message: what is saved and how to continue.
         signal_number: the exit code is 128 plus this number, as in a shell.
     """
 

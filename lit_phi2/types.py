@@ -10,7 +10,7 @@ Labels name their own token, as in transformers: `labels[t]` is `input_ids[t]` w
 elsewhere. The loss shifts them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,12 +32,14 @@ class Example:
         ids: prompt, response and EOS; the prompt alone where there is no response (predict).
         prompt_length: tokens of the prompt; all others are supervised.
         truncated: the input section was shortened to make the example fit.
+        location: of the record, `path:line`.
     """
 
     id: str
     ids: list[int]
     prompt_length: int
     truncated: bool = False
+    location: str = ""
 
     @property
     def supervised_tokens(self) -> int:
@@ -53,11 +55,12 @@ class Batch:
         input_ids: (B, T) int64; 0 at padding.
         position_ids: (B, T) int64; restarts at every example and where padding begins.
         labels: (B, T) int64; IGNORE_INDEX at prompts and padding.
-        record_ids: ids of the records, to name them in an error.
+        record_ids: ids of the records.
         num_tokens: tokens of the records, without padding.
         supervised_tokens: those of them that are supervised.
         loss_weight: factor of the summed nats, so that every supervised token of an optimizer step weighs the same.
         seed: of the dropout in this micro-batch.
+        locations: of the records, to name them in an error; their ids may be private.
     """
 
     input_ids: Tensor
@@ -68,6 +71,7 @@ class Batch:
     supervised_tokens: int
     loss_weight: float = 1.0
     seed: int = 0
+    locations: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device, padded to the multiple that suits it; Lightning calls this."""

@@ -37,13 +37,13 @@ class AccumulationWindow:
     def __init__(self) -> None:
         self.nats: list[Tensor] = []
         self.num_tokens: list[Tensor] = []
-        self.record_ids: list[str] = []
+        self.locations: list[str] = []
 
-    def add(self, loss: Loss, record_ids: Sequence[str]) -> None:
-        """Add a micro-batch."""
+    def add(self, loss: Loss, locations: Sequence[str]) -> None:
+        """Add a micro-batch, with the locations of its records."""
         self.nats.append(loss.nats.detach())
         self.num_tokens.append(loss.num_tokens)
-        self.record_ids.extend(record_ids)
+        self.locations.extend(locations)
 
     def close(self, strategy: Strategy, *, grad_norm: float, step: int) -> WindowLoss:
         """Sum over all micro-batches and ranks, and begin the next window.
@@ -61,11 +61,11 @@ class AccumulationWindow:
         if not (math.isfinite(nats) and math.isfinite(grad_norm)):
             raise NonFiniteError(
                 f"step {step}: the loss is {nats / max(num_tokens, 1)} and the gradient norm {grad_norm}; "
-                f"the step was not taken. The records in it: {', '.join(self.record_ids)}"
+                f"the step was not taken. The records in it: {', '.join(self.locations)}"
             )
         self.nats.clear()
         self.num_tokens.clear()
-        self.record_ids.clear()
+        self.locations.clear()
         return WindowLoss(nats / num_tokens, num_tokens)
 
 
@@ -87,6 +87,21 @@ class EvalSums(nn.ModuleDict):
     def close(self) -> Loss:
         """The sums over all batches and ranks; the next evaluation begins at zero."""
         total = Loss(*(self[name].compute() for name in Loss._fields))  # type: ignore[operator]  # typed as Module
+        self.reset()
+        return total
+
+    def reset(self) -> None:
+        """Begin at zero."""
         for metric in self.values():
             metric.reset()  # type: ignore[operator]
-        return total
+
+
+def eval_metrics(stage: str, total: Loss) -> dict[str, Tensor]:
+    """Loss, perplexity and token accuracy of an evaluation, by the names of their curves.
+
+    >>> total = Loss(torch.tensor(6.0), torch.tensor(3.0), torch.tensor(2.0))
+    >>> {name: round(value.item(), 2) for name, value in eval_metrics("val", total).items()}
+    {'val/loss': 2.0, 'val/perplexity': 7.39, 'val/token_accuracy': 0.67}
+    """
+    loss, accuracy = total.nats / total.num_tokens, total.num_correct / total.num_tokens
+    return {f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp(), f"{stage}/token_accuracy": accuracy}

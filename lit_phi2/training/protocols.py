@@ -1,6 +1,6 @@
 """TrainingData: what the model, the callbacks and the Trainer use of the data module.
 
-    LitPhi2       batching, steps_per_epoch, num_training_batches, fingerprint
+    LitPhi2       base, max_new_tokens, seed, batching, steps_per_epoch, num_training_batches, fingerprint
     callbacks     splits, tokenizer, prompt_batches
     Trainer       splits, tokenizer, training_records
 
@@ -21,6 +21,10 @@ from lit_phi2.types import PromptBatch
 
 class TrainingData(Protocol):
     """A data module that is set up; ClaimsDataModule is one."""
+
+    base: str
+    max_new_tokens: int
+    seed: int
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -9,25 +9,34 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lit_phi2.data.splits import Split
-from lit_phi2.utils.files import atomic_write
+from lit_phi2.utils.files import atomic_write, read_json_lines
+from lit_phi2.utils.locks import file_lock
 
 log = logging.getLogger(__name__)
 
 
 def write_rejected(splits: Mapping[str, Split], folder: Path) -> None:
-    """Write the records left out of these splits; no file if there are none."""
+    """Write the records left out of these splits; no file is left if there are none."""
     file = folder / "rejected.jsonl"
     rows = [
         {"split": name, "location": invalid.location, "message": invalid.message, "record": invalid.raw}
         for name, split in splits.items()
         for invalid in split.left_out
     ]
-    if not rows:
+    if rows:
+        log.warning("records left out: %d, each with its reason in %s", len(rows), file)
+    if [row for row in _read(file) if row.get("split") in splits] == rows:
         return
-    log.warning("records left out: %d, each with its reason in %s", len(rows), file)
-    if file.is_file():
-        earlier = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        rows = [row for row in earlier if row["split"] not in splits] + rows
-    atomic_write(file, [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
+    with file_lock(folder / "rejected.lock", waiting=f"{file}: waiting for another run that is writing it"):
+        rows = [row for row in _read(file) if row.get("split") not in splits] + rows
+        if rows:
+            atomic_write(file, [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
+        else:
+            file.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return list(read_json_lines(file)) if file.is_file() else []

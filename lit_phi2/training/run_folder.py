@@ -5,16 +5,19 @@
     processes that torchrun or SLURM start   rank 0 opens it and broadcasts the path
 
 Every rank must use the same path: version_<n> is a new number at each call, so only rank 0 may open a folder.
+One command at a time trains in a folder, or writes a file of predictions: rank 0 holds a lock for all ranks.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
 
 from lit_phi2.errors import InputError
 from lit_phi2.utils.files import atomic_write
+from lit_phi2.utils.locks import LockedError, file_lock
 from lit_phi2.utils.paths import create_run_dir
 
 RUN_FOLDER_VARIABLE = "LIT_PHI2_RUN_FOLDER"  # passes the path to processes that Lightning starts
@@ -60,3 +63,33 @@ def check_writable(file: Path, source: str) -> None:
     """
     if file.is_dir() or any(parent.is_file() for parent in file.parents):
         raise InputError(f"{source}: cannot be written; it is a folder, or lies below a file.")
+
+
+def partial_file(file: Path) -> Path:
+    """The file for the output of a part of the batches, which never replaces that of all.
+
+    >>> partial_file(Path("run", "predictions.jsonl")).name
+    'predictions.partial.jsonl'
+    """
+    return file.with_name(f"{file.stem}.partial{file.suffix}")
+
+
+@contextlib.contextmanager
+def locked(trainer: pl.Trainer, file: Path, problem: str) -> Iterator[None]:
+    """Keep other commands away from a file or folder.
+
+    Args:
+        trainer: only its rank 0 locks.
+        file: the lock file.
+        problem: the message if another command holds it.
+
+    Raises:
+        LockedError: another command holds it.
+    """
+    with contextlib.ExitStack() as lock:
+        if trainer.is_global_zero:
+            try:
+                lock.enter_context(file_lock(file, waiting=None))
+            except LockedError as error:
+                raise LockedError(problem) from error
+        yield

@@ -8,11 +8,15 @@ Records are untrusted text. A control character in one could move the cursor, se
 writing direction, so every line that may contain text of a record goes through `escape_control_chars`.
 """
 
+import io
 import logging
 import re
+import shlex
+import subprocess
 import sys
 import threading
 import warnings
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -30,6 +34,39 @@ def escape_control_chars(text: str) -> str:
     red \x1b[31m, reversed \u202e
     """
     return _CONTROL_CHARS.sub(lambda match: f"{match[0]!a}"[1:-1], text)
+
+
+def print_text(text: str, file: TextIO | None = None) -> None:
+    """Print text without control characters, also where the stream's encoding lacks some of its characters."""
+    stream = sys.stdout if file is None else file
+    print(to_printable(text, stream), file=stream, flush=file is not None)
+
+
+def replace_unencodable() -> None:
+    """Let stdout and stderr write the escape of a character that their encoding lacks, where they would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def to_printable(text: str, stream: TextIO) -> str:
+    r"""Text that can be written to a stream: control characters, and characters it cannot encode, as escapes.
+
+    >>> print(to_printable("cost 5 \u20ac\x07", io.TextIOWrapper(io.BytesIO(), "latin-1")))
+    cost 5 \u20ac\x07
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return escape_control_chars(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def shell_command(*arguments: object) -> str:
+    """A command that can be pasted into a shell, whatever its paths contain.
+
+    >>> shell_command("python", "-m", "lit_phi2", "fit", "--config", "my runs/config.yaml")
+    "python -m lit_phi2 fit --config 'my runs/config.yaml'"
+    """
+    parts = [str(argument) for argument in arguments]
+    return subprocess.list2cmdline(parts) if sys.platform == "win32" else shlex.join(parts)
 
 
 def set_up_logging(rank: int) -> None:
@@ -66,7 +103,7 @@ class TqdmHandler(logging.Handler):
     """Writes each log record to stderr on its own line, also while a progress bar is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(escape_control_chars(self.format(record)), file=sys.stderr)
+        tqdm.write(to_printable(self.format(record), sys.stderr), file=sys.stderr)
 
 
 class PeerDeathHandler(logging.Handler):

@@ -1,15 +1,21 @@
-"""Files: replace a file so that a kill never leaves half of it, and detect damage by a digest.
+"""Files: replace a file so that a kill never leaves half of it, read one that grows, and detect damage by a digest.
 
-atomic_write    content -> <name>.new, flushed -> renamed to <name>
-tree_digest     nested plain values and tensors -> SHA-256
+atomic_write       content -> <name>.new, flushed -> renamed to <name>
+read_json_lines    {"step": 0, ...}\\n{"step": 1, ...}\\n{"st   ->  the first two objects
+tree_digest        nested plain values and tensors -> SHA-256
 """
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lit_phi2.errors import InputError
+from lit_phi2.utils.locks import file_lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,28 +24,69 @@ if TYPE_CHECKING:
 def atomic_write(path: Path, content: str | bytes | Iterable[str]) -> None:
     """Write beside `path`, then rename: a reader finds the old file or the new one, complete, whenever it looks.
 
+    Of two processes that write the same file at once, one waits: `<name>.new` has a fixed name, so that the next write
+    replaces what a killed process leaves of it.
+
     Raises:
         OSError: the disk is full or cannot be written; names `path`, which is unchanged.
     """
     tmp_path = path.with_name(path.name + ".new")
-    parts: Iterable[str | bytes] = [content] if isinstance(content, str | bytes) else content
+    waiting = f"{path}: waiting for another process that is writing it"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tmp_path.open("wb") as file:
-            for part in parts:
-                file.write(part.encode() if isinstance(part, str) else part)
-            file.flush()
-            os.fsync(file.fileno())
-        tmp_path.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
+        with file_lock(tmp_path.with_name(tmp_path.name + ".lock"), waiting=waiting):
+            try:
+                _write(tmp_path, content)
+                tmp_path.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    tmp_path.unlink()  # it may be what filled the disk
+                raise
+            _flush_folder(path.parent)  # the rename itself
     except OSError as error:
-        with contextlib.suppress(OSError):
-            tmp_path.unlink()  # it may be what filled the disk
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write(path: Path, content: str | bytes | Iterable[str]) -> None:
+    parts: Iterable[str | bytes] = [content] if isinstance(content, str | bytes) else content
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part.encode() if isinstance(part, str) else part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # Windows opens no folder, and some file systems flush none
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that has one on each line, in order.
+
+    Only a line feed ends a line: str.splitlines would also cut the texts of records, at U+2028, U+0085 and others. A
+    last line without one was cut short by a kill, and is left out.
+
+    Raises:
+        InputError: a line is no JSON object; names it.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            if not isinstance(value, dict):
+                raise InputError(f"{path}:{number}: is damaged; expected a JSON object. Delete the line or the file.")
+            yield value
 
 
 def tree_digest(value: Any) -> str:

@@ -20,6 +20,29 @@ from lit_phi2.errors import InputError
 ADAPTER_CONFIG_FILE = "adapter_config.json"  # PEFT's name
 
 
+def expand_user(name: str, setting: str) -> Path:
+    """The path, with a leading ~ or ~user replaced by that user's home folder.
+
+    Args:
+        name: as a flag or a config gives it; a shell leaves the ~ of --output=~/a.jsonl.
+        setting: the flag or key, for messages.
+
+    Raises:
+        InputError: this machine has no such user.
+    """
+    path = Path(name)
+    if not name.startswith("~"):
+        # A Path drops the ./ of ./~name, so only an absolute one is not expanded later.
+        return path.absolute() if str(path).startswith("~") else path
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{setting}: {name!r} begins with the home folder of a user that this machine does not have. For a name "
+            f"that begins with ~ itself, give ./{name}"
+        ) from error
+
+
 def create_run_dir(root: Path, run_name: str) -> Path:
     """Create the next folder version_<n>; two runs that start at the same time get two folders.
 
@@ -58,7 +81,7 @@ def find_checkpoint(name: str, root: Path, run_name: str, *, prefer: str = "best
     """
     if name in ("last", "best"):
         return _newest_checkpoint(name, root, run_name, flag)
-    path = Path(name).expanduser()
+    path = expand_user(name, flag)
     if path.is_file() or (path / ADAPTER_CONFIG_FILE).is_file():
         return path
     for kind in (prefer, "best", "last"):

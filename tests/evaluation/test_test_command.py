@@ -250,6 +250,20 @@ def test_more_completions_than_records_are_one_per_record(phi_dir: Path, scored_
     assert metrics_of(tmp_path / "run" / "base")["completions"]["base"]["ROUGE-L"]["records"] == 12
 
 
+@pytest.mark.parametrize("limit", ["limit_test_batches=1", "fast_dev_run=true"])
+def test_metrics_of_some_batches_never_replace_those_of_all(
+    limit: str, run_command: RunCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "small" / "base"
+    assert run_command("--max_completions=0", "--data.packing=false") == 0
+    whole = metrics_of(folder)
+    assert run_command("--max_completions=0", "--data.packing=false", f"--trainer.{limit}") == 0
+    assert metrics_of(folder) == whole
+    partial = json.loads((folder / "test_metrics.partial.json").read_text())
+    assert partial["test/loss"] != whole["test/loss"]
+    assert "small/base/test_metrics.partial.json" in capsys.readouterr().err
+
+
 def test_a_negative_number_of_completions_is_refused(
     run_command: RunCommand, phi_dir: Path, scored_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

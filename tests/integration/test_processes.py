@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import ROOT, TINY_CONFIG, relative_difference
+from lit_phi2.adapters.checkpoint import read_checkpoint
 from lit_phi2.utils.console import set_up_logging
 
 TOLERANCE = 2e-5  # relative norm after four AdamW steps; measured: 2.1e-6 with two processes, 1.3e-5 with four
@@ -42,8 +43,12 @@ SETTINGS = {
 pytestmark = pytest.mark.slow
 
 
-def command(subcommand: str, root: Path, *more: str, launch: Sequence[str] = (sys.executable,)) -> list[str]:
+def command(
+    subcommand: str, root: Path, *more: str, launch: Sequence[str] = (sys.executable,), **changed: object
+) -> list[str]:
+    """A command line; `changed` are settings of its data and model, as data__predict_files."""
     settings = {"trainer.default_root_dir": root, **SETTINGS}
+    settings |= {name.replace("__", "."): value for name, value in changed.items()}
     flags = [f"--{key}={value}" for key, value in settings.items()]
     return [*launch, "-m", "lit_phi2", subcommand, "--config", str(TINY_CONFIG), *flags, *more]
 
@@ -136,6 +141,56 @@ def test_every_record_is_completed_and_measured_once(single_process: Path, tmp_p
         assert float(metrics[1][name]) == pytest.approx(float(value), rel=1e-4), name
 
 
+def test_more_processes_than_records_predict_and_measure(tmp_path: Path) -> None:
+    """One record: all processes but one have none."""
+    one = {f"data__{name}_files": "claims:test[:1]" for name in ("predict", "test")}
+    files = [tmp_path / "1.jsonl", tmp_path / "4.jsonl"]
+    for file in files:
+        run(command("predict", tmp_path, *devices(int(file.stem), 1), "--output", str(file), **one))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes().count(b"\n") == 1
+    outputs = [run(command("test", tmp_path, *devices(processes, 1), **one)) for processes in (1, 2)]
+    losses = [re.findall(r"(?m)^test/loss ([\d.]+)$", output) for output in outputs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 1
+
+
+def test_a_killed_predict_continues_on_more_processes_than_batches(tmp_path: Path) -> None:
+    """70 records are three batches; two processes are killed after the first, and four continue."""
+    settings = {"data__predict_files": "claims:test[:70]", "model__max_new_tokens": 16}
+    expected, out = tmp_path / "expected.jsonl", tmp_path / "out.jsonl"
+    run(command("predict", tmp_path, "--output", str(expected), **settings))
+    process = start(command("predict", tmp_path, *devices(2, 1), "--output", str(out), **settings))
+    while not list(tmp_path.glob("out.jsonl.*.part*")) and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+    run(command("predict", tmp_path, *devices(4, 1), "--output", str(out), **settings))
+    assert out.read_bytes() == expected.read_bytes()
+    assert not list(tmp_path.glob("out.jsonl.*"))
+
+
+def test_one_command_at_a_time_continues_a_run(single_process: Path, tmp_path: Path) -> None:
+    """The first is halted, so that it cannot end before the second asks; then it is killed, as by a lost machine."""
+    process = start(command("fit", tmp_path, *devices(1, 4)))
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    while not last.is_file() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    resume = command("fit", tmp_path, *devices(1, 4), "--ckpt_path", "last")
+    second = start(resume)
+    output, _ = second.communicate(timeout=100)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert second.returncode == 2
+    assert f"error: --ckpt_path {last}: another fit trains this run now." in output
+    assert "Traceback" not in output
+    run(resume)
+    assert_same_run(tmp_path, single_process)
+
+
 def test_a_killed_rank_ends_the_run_and_one_process_resumes_it(single_process: Path, tmp_path: Path) -> None:
     process = start(command("fit", tmp_path, *devices(2, 2)))
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
@@ -181,3 +236,35 @@ def test_strategies_other_than_ddp_are_refused(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 2, output
     assert "Use auto or ddp" in output
+
+
+@pytest.mark.parametrize("to_all", [True, False])
+def test_processes_stop_together_inside_a_validation(to_all: bool, tmp_path: Path) -> None:
+    """SLURM and Ctrl-C reach every process, `kill` only the first. The validation after step 2 lasts half a minute."""
+    settings = {
+        "data__val_files": "claims:validation",
+        "data__packing": "false",
+        "trainer__num_sanity_val_steps": 0,
+        "trainer__val_check_interval": 2,
+    }
+    process = start(command("fit", tmp_path, *devices(2, 1), **settings))
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"  # written after step 1
+    deadline = time.monotonic() + 200
+    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(4)
+    stopped = time.monotonic()
+    if to_all:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert time.monotonic() - stopped < 20
+    assert "stopped after optimizer step 2, which is saved" in output, output
+    assert output.count("stopped after") == 1
+    assert "another process" not in output
+    assert "Traceback" not in output
+    checkpoint = read_checkpoint(last)[1]
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["validation_due"]

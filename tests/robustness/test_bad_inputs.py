@@ -19,7 +19,7 @@ from lit_phi2.cli.main import main
 TINY_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SECRET = "Zanzibar"  # in every text of every record below; it is never printed
 
-GOOD = {"id": "g1", "instruction": f"Why was {SECRET} denied?", "response": f"{SECRET} is included."}
+GOOD = {"id": "g1", "instruction": f"Why was {SECRET} denied?", "response": f"{SECRET} is included (café)."}
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +65,14 @@ def fit(
 
     def run(*arguments: object) -> CliResult:
         runs = tmp_path / "runs"
-        fixed = ["--config", TINY_CONFIG, "--model.base", phi_dir, "--trainer.default_root_dir", runs]
-        fixed += ["--data.max_length", 512]  # the context of the small base
+        flags: dict[str, object] = {"--config": TINY_CONFIG, "--trainer.default_root_dir": runs}
+        flags |= {"--model.base": phi_dir, "--data.max_length": 512}  # the context of the small base
+        fixed = [
+            part
+            for flag, value in flags.items()
+            if flag not in arguments or flag == "--config"
+            for part in (flag, value)
+        ]
         started = time.monotonic()
         code = main(["fit", *map(str, fixed), *map(str, arguments)])
         captured = capsys.readouterr()
@@ -99,7 +105,7 @@ INVALID_RECORDS: dict[str, tuple[object, list[str]]] = {
         {"instruction": SECRET, "response": f"{SECRET} " * 512},
         ["tokens, EOS included; the limit is 512", "Raise data.max_length, or shorten the record"],
     ),
-    "duplicate id": ({**GOOD, "instruction": SECRET}, ["id 'g1' was already used at ", ":1; ids must be unique"]),
+    "duplicate id": ({**GOOD, "instruction": SECRET}, ["its id was already used at ", ":1; ids must be unique"]),
     "header in a field": (
         {"instruction": SECRET, "response": f"{SECRET}\n### Response:\n{SECRET}"},
         ["field 'response' has a line that begins with '### Response:'", "Reword or indent it"],
@@ -112,7 +118,8 @@ def test_an_invalid_record_is_reported_with_path_line_and_fix(kind: str, fit: Fi
     record, expected = INVALID_RECORDS[kind]
     line = record if isinstance(record, bytes) else (record if isinstance(record, str) else json.dumps(record)).encode()
     path = tmp_path / "claims.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
+    # Characters as they are: where no line has any beyond ASCII, one that is not UTF-8 is another encoding.
+    path.write_bytes(json.dumps(GOOD, ensure_ascii=False).encode() + b"\n" + line + b"\n")
     result = fit("--data.train_files", path)
     result.check(f"{path}:2: ", "1 invalid record in data.train_files", FIX, *expected)
     assert not result.runs.exists(), "invalid data creates no run folder"
@@ -139,9 +146,13 @@ BAD_FILES: dict[str, tuple[str, str | None, list[str]]] = {
     "other columns": (
         "claims.csv",
         f"question,answer\n{SECRET},{SECRET}\n",
-        ["claims.csv:1: has no column 'instruction', 'response'; its columns are 'question', 'answer'", "data.instruc"],
+        ["claims.csv: has no columns of a known form; its columns are 'question', 'answer'", "data.instruction_field"],
     ),
-    "other format": ("claims.txt", SECRET, ["unknown format '.txt'; expected a file ending in .jsonl, .json, .csv or"]),
+    "other format": (
+        "claims.txt",
+        SECRET,
+        ["unknown format '.txt'; expected a file ending in .jsonl, .ndjson, .json, "],
+    ),
     "broken array": (
         "claims.json",
         f'[\n{{"instruction" "{SECRET}"}}]',
@@ -201,7 +212,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "rank of zero": (["--model.lora_r", "0"], ["model.lora_r: 0 is less than 1"]),
     "unknown choice": (
         ["--data.on_overlong", "cut"],
-        ["data.on_overlong: 'cut'", "expected one of truncate, skip, error"],
+        ["data.on_overlong: 'cut'", "expected 'truncate', 'skip' or 'error'"],
     ),
     "LoRA target that is part of Wqkv": (
         ["--model.target_modules", "[q_proj, fc1]"],
@@ -216,7 +227,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--trainer.precision", "bf16-mixed"],
         ["trainer.precision: bf16-mixed", "model.dtype (auto, bfloat16 or float32)"],
     ),
-    "unknown accelerator": (["--trainer.accelerator", "gpux"], ["trainer: ", "accelerator='gpux'", "Available names"]),
+    "unknown accelerator": (["--trainer.accelerator", "gpux"], ["trainer.accelerator: 'gpux' is unknown", "auto, cpu"]),
     "negative seed": (["--seed_everything", "-1"], ["seed_everything: -1 is not between 0 and 4294967295"]),
     "unknown base": (
         ["--model.base", "phi2"],
@@ -264,7 +275,7 @@ def test_a_folder_without_a_model_names_the_missing_file(fit: Fit, tmp_path: Pat
 
 def test_a_model_of_another_type_is_named(fit: Fit, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', "utf-8")
-    fit("--model.base", tmp_path).check(f"model.base: '{tmp_path}' is a 'llama' model; expected 'phi', as Phi-2 is")
+    fit("--model.base", tmp_path).check(f"{tmp_path}/config.json: model_type is 'llama'; expected 'phi', as Phi-2 is")
 
 
 def test_an_environment_variable_shows_the_traceback(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

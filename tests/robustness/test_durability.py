@@ -182,11 +182,11 @@ def test_a_killed_predict_continues_with_the_same_completions(
 
     monkeypatch.setattr(LitPhi2, "predict_step", die_at_the_third_batch)
     assert main(["predict", *arguments, "--output", str(out)]) == 130
-    part = out.with_name("out.jsonl.part")
+    (part,) = tmp_path.glob("out.jsonl.*.part0")
     assert not out.exists()
-    lines = part.read_bytes().splitlines(keepends=True)
-    assert [json.loads(line)["index"] for line in lines[1:]] == [*batches[0], *batches[1]]
-    part.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # cut the last line short
+    lines = part.read_bytes().split(b"\n")
+    assert [json.loads(line)["index"] for line in lines if line] == [*batches[0], *batches[1]]
+    part.write_bytes(part.read_bytes()[:-20])  # cut the last line short
 
     def record_batch(self: LitPhi2, batch: Any, index: int) -> Any:
         batches.append(batch.indices)
@@ -202,12 +202,56 @@ def test_a_killed_predict_continues_with_the_same_completions(
     assert not part.exists()
 
 
-def test_completions_of_another_model_are_not_reused(arguments: list[str], tmp_path: Path) -> None:
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    part.write_text('{"adapter": "another"}\n{"index": 0, "completion": "stale", "finish_reason": "stop"}\n')
+def test_completions_with_other_settings_are_not_reused(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completions of two tokens, from a predict that was killed, and then of four."""
+    monkeypatch.setattr(loaders, "MAX_PROMPTS_PER_BATCH", 3)
+    out = tmp_path / "out.jsonl"
+    shorter = [argument.replace("max_new_tokens=4", "max_new_tokens=2") for argument in arguments]
+    predict_step = LitPhi2.predict_step
+
+    def die_at_the_second_batch(self: LitPhi2, batch: Any, index: int) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return predict_step(self, batch, index)
+
+    monkeypatch.setattr(LitPhi2, "predict_step", die_at_the_second_batch)
+    assert main(["predict", *shorter, "--output", str(out)]) == 130
+    monkeypatch.setattr(LitPhi2, "predict_step", predict_step)
+    (part,) = tmp_path.glob("out.jsonl.*.part0")
     assert main(["predict", *arguments, "--output", str(out)]) == 0
-    assert "stale" not in out.read_text()
-    assert not part.exists()
+    assert {json.loads(line)["new_tokens"] for line in out.read_text().splitlines()} == {4}
+    assert part.is_file(), "it belongs to the other predict"
+    assert main(["predict", *shorter, "--output", str(out)]) == 0
+    assert {json.loads(line)["new_tokens"] for line in out.read_text().splitlines()} == {2}
+    assert not list(tmp_path.glob("out.jsonl.*"))
+
+
+def test_a_run_that_trains_cannot_be_continued_beside_it(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second fit starts inside the first, as another terminal would start it; afterwards it may."""
+    training_step = LitPhi2.training_step
+    codes: list[int] = []
+
+    def start_second(self: LitPhi2, batch: Any, index: int) -> Any:
+        if self.trainer.global_step == 1 and not codes:
+            codes.append(main(["fit", *arguments, *settings, "--ckpt_path", "last"]))
+        return training_step(self, batch, index)
+
+    settings = ["--data.packing=false", "--checkpoint.every_n_steps=1"]
+    monkeypatch.setattr(LitPhi2, "training_step", start_second)
+    assert main(["fit", *arguments, *settings]) == 0
+    assert codes == [2]
+    stderr = capsys.readouterr().err
+    assert "error: --ckpt_path" in stderr
+    assert "another fit trains this run now. Wait until it ends" in stderr
+    run = tmp_path / "runs" / "small" / "version_0"
+    expected = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert main(["fit", *arguments, *settings, "--ckpt_path", "last"]) == 0
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+    assert not list(run.rglob("*.lock"))
 
 
 def test_runs_started_at_once_get_different_folders(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_non_finite_step_is_not_taken_and_names_its_records(
         parameter = next(iter(trainable_parameters(module.phi).values()))
         parameter.register_hook(lambda gradient: gradient * math.inf)
     before = weights_of(module)
-    with pytest.raises(NonFiniteError, match=r"step 1: .* not taken\. The records in it: r\d+, r\d+$") as error:
+    with pytest.raises(NonFiniteError, match=r"step 1: .* not taken\. The records in it: \S+:\d+, \S+:\d+$") as error:
         new_trainer(tmp_path, accumulate_grad_batches=2, limit_val_batches=0).fit(module, data)
     assert error.value.exit_code == 1
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(module).items())

@@ -44,7 +44,7 @@ def test_gradients_are_clipped_to_the_configured_norm(phi_dir: Path, train_file:
     [
         ({"max_steps": 0}, "leave nothing to train"),
         ({"max_epochs": -1}, "one must be set"),
-        ({"limit_train_batches": 0.01}, "leave nothing to train"),
+        ({"limit_train_batches": 0.01}, r"trainer\.limit_train_batches: 0\.01 of 12 batches"),
     ],
 )
 def test_limits_without_a_step_are_refused_without_a_folder(

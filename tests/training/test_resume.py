@@ -109,6 +109,8 @@ def test_a_run_killed_during_export_exports_on_resume(
         ({"seed": 7}, "seed_everything: 42 in the checkpoint, 7 now"),
         ({"max_epochs": 3}, "total_steps: 6 in the checkpoint, 9 now"),
         ({"max_length": 100}, "data.max_length: 128 in the checkpoint, 100 now"),
+        ({"limit_val_batches": 3}, "trainer.limit_val_batches: validates on other batches (1.0 in the checkpoint"),
+        ({"gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm: norm in the checkpoint, value now"),
     ],
 )
 def test_a_changed_setting_is_refused_with_both_values(
@@ -119,16 +121,35 @@ def test_a_changed_setting_is_refused_with_both_values(
     tmp_path: Path,
 ) -> None:
     train_file, folder, _ = whole_run
-    model_settings = {key: value for key, value in changed.items() if key in ("lora_r", "learning_rate")}
+    model_settings = {key: value for key, value in changed.items() if key in ("lora_r", "learning_rate", "seed")}
     module = new_module(phi_dir, dropout=True, **({"lora_dropout": 0.2, "warmup_ratio": 0.2} | model_settings))
     data_settings = {key: value for key, value in changed.items() if key in ("seed", "max_length")}
     data = new_data(phi_dir, train_file, packing=False, **data_settings)
-    trainer_settings = {key: value for key, value in changed.items() if key == "max_epochs"}
+    of_trainer = ("max_epochs", "limit_val_batches", "gradient_clip_algorithm")
+    trainer_settings = {key: value for key, value in changed.items() if key in of_trainer}
     with pytest.raises(InputError) as error:
         resumable_trainer(tmp_path, **trainer_settings).fit(
             module, data, ckpt_path=str(folder / "checkpoints" / "last.ckpt")
         )
     assert message in str(error.value)
+    assert "--model.adapter" in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_edited_file_is_noticed_on_resume(
+    split: str, whole_run: tuple[Path, Path, dict[str, Tensor]], phi_dir: Path, tmp_path: Path
+) -> None:
+    """One word of one response. best.ckpt compares val/loss over the whole run, so val_files must stay as well."""
+    train_file, folder, _ = whole_run
+    edited = tmp_path / "records.jsonl"
+    edited.write_text(train_file.read_text().replace("claim", "appeal", 1))
+    module = new_module(phi_dir, dropout=True, lora_dropout=0.2, warmup_ratio=0.2)
+    data = new_data(phi_dir, train_file, packing=False)
+    data.files[split] = str(edited)
+    with pytest.raises(InputError) as error:
+        resumable_trainer(tmp_path).fit(module, data, ckpt_path=str(folder / "checkpoints" / "last.ckpt"))
+    kind = {"train": "training", "val": "validation"}[split]
+    assert f"data.{split}_files: have other {kind} records" in str(error.value)
     assert "--model.adapter" in str(error.value)
 
 

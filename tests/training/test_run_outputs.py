@@ -1,6 +1,7 @@
 """The files that a run leaves, and at which steps they are written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from helpers import new_data, new_module, new_trainer, weights_of
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.training.callbacks.samples import SampleWriter
+from lit_phi2.training.tensorboard import truncate_events
 
 
 def test_a_run_writes_scalars_samples_checkpoints_and_adapter(
@@ -100,3 +103,18 @@ def test_best_ckpt_is_never_written_inside_a_window(phi_dir: Path, train_file: P
     assert [ready for ready, _ in saved] == [8, 12, 8, 12]
     best = torch.load(tmp_path / "run" / "version_0" / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] in (3, 6)
+
+
+def test_what_a_killed_resume_leaves_is_not_read_as_curves(
+    tmp_path: Path, read_events: Callable[[Path], EventAccumulator]
+) -> None:
+    """TensorBoard reads every file with tfevents in its name, whatever its ending."""
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(3):
+            writer.add_scalar("train/loss", 1.0, step)
+    (file,) = tmp_path.iterdir()
+    shutil.copy(file, f"{file}.new")
+    Path(f"{file}.new.lock").touch()
+    truncate_events(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == [file]
+    assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == [0, 1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_phi2.errors import InputError
-from lit_phi2.utils.paths import create_run_dir, find_checkpoint, run_dir_of
+from lit_phi2.utils.paths import create_run_dir, expand_user, find_checkpoint, run_dir_of
 
 
 def create(path: Path) -> Path:
@@ -45,6 +45,15 @@ def test_a_checkpoint_is_a_file_an_adapter_or_a_run(tmp_path: Path) -> None:
     assert run_dir_of(last) == run_dir_of(adapter) == run
     elsewhere = create(tmp_path / "elsewhere" / "mine" / "adapter_config.json").parent
     assert run_dir_of(elsewhere) == elsewhere
+
+
+def test_a_tilde_is_the_home_of_a_user_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert expand_user("~/a/~b", "--output") == Path("/home/me/a/~b")
+    assert expand_user("./~b/a", "--output") == Path.cwd() / "~b" / "a", "as the message advises"
+    with pytest.raises(InputError, match=r"^--output: '~no_such_user/a' begins with .* give \./~no_such_user/a$"):
+        expand_user("~no_such_user/a", "--output")
 
 
 @pytest.mark.parametrize(

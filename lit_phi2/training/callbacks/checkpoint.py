@@ -1,21 +1,23 @@
 """Checkpoints: last.ckpt, and the best by val/loss, written only at the end of an optimizer step.
 
-    checkpoints/last.ckpt    after every validation and epoch, every n steps or minutes, and before a requested stop
+    checkpoints/last.ckpt    after every validation and epoch, every n steps or minutes, and when a signal stops the run
     checkpoints/best.ckpt    the one with the lowest val/loss, measured on exactly these weights
     adapter/                 the best in PEFT form, at the end of fit
 
 Inside an accumulation window a checkpoint would lose the gradients so far. So a checkpoint or a stop that is requested
-there (max_time, early stopping, a signal, the clock) waits for the end of the window. A run resumed from a checkpoint
-written right before a validation would skip that validation, so such a checkpoint waits until the validation is over.
+there (max_time, early stopping, the clock) waits for the end of the window. A run resumed from a checkpoint written
+right before a validation would skip that validation, so such a checkpoint waits until the validation is over.
+
+A signal does not wait. Inside a window the checkpoint is that of the last step, and the resumed run begins the window
+again (with several processes, it waits for the window's end, where they agree). Inside a validation the checkpoint says
+that the validation is due.
 """
 
 import io
 import logging
 import math
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,7 +28,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.adapters.peft_format import save_adapter
 from lit_phi2.errors import RunInterrupted
+from lit_phi2.utils.console import shell_command
 from lit_phi2.utils.files import atomic_write
+from lit_phi2.utils.signals import stop_request
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +65,6 @@ class AdapterCheckpoint(Checkpoint):
         self._last_write_time = time.monotonic()
         self._is_best = False
         self._stop_requested = False
-        self._signal = 0
-        self._handlers: dict[signal.Signals, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss}
@@ -71,14 +73,13 @@ class AdapterCheckpoint(Checkpoint):
         self.best_loss = state_dict["best_loss"]
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._install_handlers()
+        stop_request.deferred = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._last_write_step = trainer.global_step
         self._last_write_time = time.monotonic()
-        self._install_handlers()
-        if self._signal:
-            raise RunInterrupted("stopped before the first step; there is nothing to save.", self._signal)
+        stop_request.deferred = True
+        self._raise_if_interrupted(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -88,6 +89,8 @@ class AdapterCheckpoint(Checkpoint):
         if not window_ended:
             if trainer.should_stop:
                 trainer.should_stop, self._stop_requested = False, True
+            if trainer.world_size == 1 and stop_request.number:
+                self._stop_inside_window(trainer)
             return
         if self._stop_requested:
             trainer.should_stop = True
@@ -95,12 +98,33 @@ class AdapterCheckpoint(Checkpoint):
             trainer.should_stop = True  # as the module does, in its hook after this one
         if _epoch_ended(trainer) or _validation_follows(trainer):
             return  # on_train_epoch_end writes after the loops have counted the epoch, or on_validation_end does
-        if self._any_rank(trainer, self._is_due()) or self._signal or trainer.should_stop:
+        number, due = self._agree(trainer, self._is_due())
+        if due or number or trainer.should_stop:
+            self._write(trainer)
+        self._raise_if(number, trainer)
+
+    def _stop_inside_window(self, trainer: pl.Trainer) -> None:
+        """Stop now: the weights are those of the last step, and a resumed run begins this window again."""
+        if trainer.global_step:
             self._write(trainer)
         self._raise_if_interrupted(trainer)
 
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn != "fit":
+            return
+        number, _ = self._agree(trainer)
+        if number and not trainer.sanity_checking:
+            trainer.fit_loop.epoch_loop.validation_due = True
+            self._write(trainer)
+        self._raise_if(number, trainer)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
+            return
+        if trainer.sanity_checking:
+            self._raise_if_interrupted(trainer)
             return
         loss = float(trainer.callback_metrics.get("val/loss", math.nan))
         if loss < self.best_loss:
@@ -116,7 +140,9 @@ class AdapterCheckpoint(Checkpoint):
             self._raise_if_interrupted(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore_handlers()
+        self._raise_if_interrupted(trainer)
+        stop_request.message = self._stop_message(trainer)  # the adapter is not exported yet
+        stop_request.deferred = False
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the best adapter in PEFT form; fit calls this last.
@@ -130,16 +156,29 @@ class AdapterCheckpoint(Checkpoint):
         save_adapter(adapter, self.folder / "adapter")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore_handlers()
+        stop_request.deferred = False
 
-    def _any_rank(self, trainer: pl.Trainer, due: bool) -> bool:
-        """Whether a checkpoint is due on any rank; also shares a signal that reached one rank with all."""
+    def _agree(self, trainer: pl.Trainer, due: bool = False) -> tuple[int, bool]:
+        """The number of a signal that reached any rank, or 0, and whether a checkpoint is due on any rank.
+
+        Every rank calls it at the same points and decides by what it returns, so that all write and stop together.
+        """
         if trainer.world_size == 1:
-            return due
-        requests = torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device)
+            return stop_request.number, due
+        requests = torch.tensor([stop_request.number, int(due)], device=trainer.strategy.root_device)
         torch.distributed.all_reduce(requests, torch.distributed.ReduceOp.MAX)
-        self._signal, any_due = requests.tolist()
-        return bool(any_due)
+        number, any_due = requests.tolist()
+        return number, bool(any_due)
+
+    def _raise_if_interrupted(self, trainer: pl.Trainer) -> None:
+        self._raise_if(self._agree(trainer)[0], trainer)
+
+    def _raise_if(self, number: int, trainer: pl.Trainer) -> None:
+        if number:
+            raise RunInterrupted(self._stop_message(trainer), number)
+
+    def _stop_message(self, trainer: pl.Trainer) -> str:
+        return stop_message(trainer.global_step, self.last) if trainer.global_step else NOTHING_SAVED
 
     def _is_due(self) -> bool:
         steps, minutes = self._step - self._last_write_step, (time.monotonic() - self._last_write_time) / 60
@@ -158,31 +197,20 @@ class AdapterCheckpoint(Checkpoint):
         self._is_best = False
         self._last_write_step, self._last_write_time = self._step, time.monotonic()
 
-    def _install_handlers(self) -> None:
-        """Replace Lightning's handlers: those act inside an accumulation window, and exit with other codes."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if number not in self._handlers:
-                self._handlers[number] = signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second signal ends the run at once
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        log.info("stopping after this optimizer step; a second signal stops at once")
+NOTHING_SAVED = "stopped before the first optimizer step; nothing is saved yet."
 
-    def _restore_handlers(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
 
-    def _raise_if_interrupted(self, trainer: pl.Trainer) -> None:
-        self._any_rank(trainer, False)
-        if self._signal:
-            raise RunInterrupted(
-                f"stopped and saved. To continue: python -m lit_phi2 fit --config {self.folder / 'config.yaml'} "
-                f"--ckpt_path {self.last}",
-                self._signal,
-            )
+def stop_message(step: int, last: Path) -> str:
+    """What fit says when a signal stops it.
+
+    Args:
+        step: that `last` holds.
+        last: checkpoints/last.ckpt of the run.
+    """
+    config = last.parents[1] / "config.yaml"
+    command = shell_command("python", "-m", "lit_phi2", "fit", "--config", config, "--ckpt_path", last)
+    return f"stopped after optimizer step {step}, which is saved. To continue:\n    {command}"
 
 
 def _epoch_ended(trainer: pl.Trainer) -> bool:

@@ -1,14 +1,20 @@
 """PredictionWriter: one object a record, in the order of the input.
 
-    predictions.jsonl.part    a fingerprint, then one line a completion with its index, in the order of generation
-    predictions.jsonl         {"id", "instruction", "input", "reference", "completion", "finish_reason", "new_tokens"}
+    predictions.jsonl.<work>.part<rank>    {"index", "completion", "finish_reason", "new_tokens"}, in the order of
+                                           generation; <work> is a hash of model and prompts
+    predictions.jsonl                      {"id", "instruction", "input", "reference", "completion", "finish_reason",
+                                           "new_tokens", "truncated"}
 
 Prompts are completed shortest first, so that batches have little padding; `finish` restores the order. A predict that
-was killed continues from its .part file, if the fingerprint shows the same model and the same prompts.
+was killed continues from the .part files of the same work. Those of other work belong to another predict and stay.
 """
 
+import contextlib
 import glob
+import hashlib
 import json
+import logging
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +24,14 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.data.records import Record
-from lit_phi2.generation.engine import Completion
-from lit_phi2.training.protocols import tokenizer_of, training_data
-from lit_phi2.types import PromptBatch
+from lit_phi2.data.splits import Split
+from lit_phi2.errors import IncompleteError
+from lit_phi2.types import Example, PromptBatch
 from lit_phi2.utils.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 
 class PredictionWriter(Callback):
@@ -41,97 +48,114 @@ class PredictionWriter(Callback):
 
     def __init__(self, file: Path, fingerprint: dict[str, Any]) -> None:
         self.file = file
-        self.header = json.dumps(fingerprint, sort_keys=True) + "\n"
+        self.work = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
         self.num_completions = 0
         self.num_at_limit = 0
 
     def read_completed(self) -> NDArray[np.int64]:
-        """Indices that an earlier predict with this fingerprint completed; other .part files are removed."""
+        """Indices that an earlier predict of the same work completed."""
+        parts = self._parts(self.work)
+        others = [part.name for part in self._parts() if part not in parts]
+        if others:
+            log.info("kept, of a predict with another model or other prompts that did not end: %s", ", ".join(others))
         completed = array("q")  # packed int64 here and below: there may be millions
-        for part in self._parts():
-            valid_bytes = 0  # a kill may have cut the last line short
-            with part.open("rb") as file:
-                if file.readline() == self.header.encode():
-                    valid_bytes = len(self.header.encode())
-                    for line in file:
-                        if not line.endswith(b"\n"):
-                            break
-                        completed.append(json.loads(line)["index"])
-                        valid_bytes += len(line)
-            if valid_bytes:
-                with part.open("r+b") as file:
-                    file.truncate(valid_bytes)
-            else:
-                part.unlink(missing_ok=True)  # several ranks read and remove the same files
+        for part in parts:
+            completed.extend(index for index, _ in _iter_part(part))
         return np.array(completed, np.int64)
 
     def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: list[Completion],
+        outputs: list[dict[str, Any]],
         batch: PromptBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        data = training_data(trainer)
-        tokenizer, records = tokenizer_of(data), data.splits["predict"].records
-        part = self._part(trainer.global_rank)
-        lines = [] if part.is_file() else [self.header]
-        for index, completion in zip(batch.indices, outputs, strict=True):
-            prediction = {"index": index} | to_prediction(records[index], completion, tokenizer)
-            lines.append(json.dumps(prediction, ensure_ascii=False) + "\n")
-        part.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(output, ensure_ascii=False) + "\n" for output in outputs]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(f"{self.file.name}.{self.work}.part{trainer.global_rank}")
         with part.open("ab") as file:
+            file.write(b"\n")  # ends the last line of a predict that was killed while it wrote
             file.write("".join(lines).encode())
 
-    def finish(self) -> None:
-        """Sort the lines of all parts into the file, then remove the parts."""
-        parts = self._parts()
-        locations = array("q")  # index, part and offset of each line: the texts may not fit in memory
+    def finish(self, split: Split, *, is_partial: bool = False) -> None:
+        """Sort the completions of all parts into the file, with their records, and remove the parts.
+
+        Args:
+            split: the records in the order of the input, and their examples.
+            is_partial: only some of the records were to be completed.
+
+        Raises:
+            IncompleteError: a record has no completion; the file and the parts stay as they are.
+        """
+        parts = self._parts(self.work)
+        locations = array("q")  # index, part and offset of each completion: the texts may not fit in memory
         for number, part in enumerate(parts):
-            offset = len(self.header.encode())
-            with part.open("rb") as file:
-                file.seek(offset)
-                for line in file:
-                    locations.extend((json.loads(line)["index"], number, offset))
-                    offset += len(line)
-        atomic_write(self.file, self._sorted_lines(parts, np.array(locations, np.int64).reshape(-1, 3)))
+            for index, offset in _iter_part(part):
+                locations.extend((index, number, offset))
+        rows = np.array(locations, np.int64).reshape(-1, 3)
+        rows = rows[np.unique(rows[:, 0], return_index=True)[1]]  # sorted; two ranks may have completed the same
+        if not is_partial:
+            self._check_complete(rows[:, 0], split)
+        atomic_write(self.file, self._lines(parts, rows, split))
         for part in parts:
             part.unlink(missing_ok=True)
 
-    def _sorted_lines(self, parts: list[Path], locations: NDArray[np.int64]) -> Iterator[str]:
-        """The lines in the order of their indices; an index that two ranks completed appears once."""
+    def _check_complete(self, indices: NDArray[np.int64], split: Split) -> None:
+        total = len(split.examples)
+        missing = np.setdiff1d(np.arange(total), indices)
+        if len(missing):
+            raise IncompleteError(
+                f"{self.file}: not written, because {len(missing)} of {total} records have no completion, the first of "
+                f"them {split.records[int(missing[0])].location}. Run predict again, which completes these alone; the "
+                "processes of several machines need a folder that they share."
+            )
+
+    def _lines(self, parts: list[Path], rows: NDArray[np.int64], split: Split) -> Iterator[str]:
         files = [part.open("rb") for part in parts]
         try:
-            for row in np.unique(locations[:, 0], return_index=True)[1].tolist():
-                _, number, offset = locations[row].tolist()
-                file = files[number]
-                file.seek(offset)
-                prediction = json.loads(file.readline())
-                del prediction["index"]
+            for index, number, offset in rows.tolist():
+                files[number].seek(offset)
+                completion = json.loads(files[number].readline())
                 self.num_completions += 1
-                self.num_at_limit += prediction["finish_reason"] == "length"
+                self.num_at_limit += completion["finish_reason"] == "length"
+                prediction = to_prediction(split.records[index], split.examples[index], completion)
                 yield json.dumps(prediction, ensure_ascii=False) + "\n"
         finally:
             for file in files:
                 file.close()
 
-    def _part(self, rank: int) -> Path:
-        return self.file.with_name(f"{self.file.name}.part{rank or ''}")
+    def _parts(self, work: str = "[0-9a-f]{12}") -> list[Path]:
+        """The .part files of some work, by default of any."""
+        name = re.compile(rf"{re.escape(self.file.name)}\.{work}\.part\d+")
+        paths = self.file.parent.glob(f"{glob.escape(self.file.name)}.*")
+        return sorted(path for path in paths if name.fullmatch(path.name))
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.part*"))
+
+def _iter_part(part: Path) -> Iterator[tuple[int, int]]:
+    """Index and offset of each completion in a .part file."""
+    offset = 0
+    with part.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):  # an empty line, or one that a kill cut short
+                yield json.loads(line)["index"], offset
+            offset += len(line)
 
 
-def to_prediction(record: Record, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A line of predictions.jsonl; `reference` only where the record has a response."""
+def to_prediction(record: Record, example: Example, completion: dict[str, Any]) -> dict[str, Any]:
+    """A line of predictions.jsonl.
+
+    Args:
+        record: `reference` is written only if it has a response.
+        example: `truncated` is written only if the prompt was shortened.
+        completion: a line of a .part file.
+    """
     return {
         "id": record.id,
         "instruction": record.instruction,
         "input": record.input,
         **({"reference": record.response} if record.response else {}),
-        "completion": tokenizer.decode(completion.ids),
-        "finish_reason": completion.finish_reason,
-        "new_tokens": len(completion.ids),
+        **{name: completion[name] for name in ("completion", "finish_reason", "new_tokens")},
+        **({"truncated": True} if example.truncated else {}),
     }
