@@ -347,12 +347,12 @@ def prepare(args: argparse.Namespace) -> Report:
     import torch
 
     from lit_phi2.data.encode import encode
-    from lit_phi2.data.records import FieldNames, read_records
+    from lit_phi2.data.records import ReadOptions, read_records
     from lit_phi2.pretrained import load_tokenizer, read_model_config, resolve_base_model
 
     base = resolve_base_model(args.base)
     config = read_model_config(base)
-    records, invalid = read_records([args.records], FieldNames(), needs_response=True)
+    records, invalid = read_records([args.records], ReadOptions(), needs_response=True)
     encoded = encode(records, load_tokenizer(base), max_length=ROW_LENGTH, on_overlong="skip")
     if len(encoded.examples) < args.count:
         raise SystemExit(f"--count {args.count}: {args.records} holds {len(encoded.examples)} records that fit.")

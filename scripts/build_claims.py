@@ -26,6 +26,7 @@ import yaml
 
 from claims.compose import FOLDER, FORMS, Category, Record, compose_record, load_categories, scenarios_of
 from claims.world import capitalized, kinds_of
+from lit_phi2.utils.files import read_json_lines
 
 PER_CATEGORY = {"train": 150, "validation": 14, "test": 14}  # composed records
 NGRAM = 8  # words
@@ -44,7 +45,7 @@ ALL_SLOTS = {
 
 def build(seed: int) -> dict[str, list[Record]]:
     """Split -> its records, composed and gold, shuffled."""
-    gold = [json.loads(line) for line in (FOLDER / "gold.jsonl").read_text(encoding="utf-8").splitlines()]
+    gold = list(read_json_lines(FOLDER / "gold.jsonl"))
     gold_ngrams = set().union(*(ngrams_of(record["response"]) for record in gold))
     rng = random.Random(seed)
     splits: dict[str, list[Record]] = {split: [] for split in PER_CATEGORY}

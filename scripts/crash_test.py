@@ -19,6 +19,7 @@ import json
 import mmap
 import os
 import random
+import re
 import signal
 import struct
 import sys
@@ -303,7 +304,8 @@ def outcome(folder: Path) -> dict[str, str]:
         digests[tag] = sha256(json.dumps(points).encode())
     texts = {tag: [event.step for event in events.Tensors(tag)] for tag in sorted(events.Tags()["tensors"])}
     digests["texts"] = sha256(json.dumps(texts).encode())
-    digests["left over"] = ", ".join(sorted(path.name for path in run.rglob("*") if path.suffix == ".part"))
+    left_over = (path.name for path in run.rglob("*") if re.fullmatch(r"\.(part\d+|new|lock)", path.suffix))
+    digests["left over"] = ", ".join(sorted(left_over))
     return digests
 
 
@@ -317,7 +319,7 @@ def print_differences(
         print(f"run {number}: {name} differs: {result.get(name)} instead of {expected[name]}")
         files = [run / name for run in (newest_run(undisturbed), newest_run(folder)) if run is not None]
         if name.endswith(".jsonl"):
-            pairs = zip_longest(*(file.read_text("utf-8").splitlines() for file in files))
+            pairs = zip_longest(*(file.read_text("utf-8").split("\n") for file in files))
             print(*next(lines for lines in pairs if lines[0] != lines[1]), sep="\n")
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_phi2.utils.files import read_json_lines
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,8 +51,8 @@ def run(args: argparse.Namespace, settings: dict[str, str]) -> dict[str, float]:
     file = args.output_dir / "sweep.jsonl"
     name = " ".join([args.config, *flags])
     if file.is_file():
-        for line in file.read_text("utf-8").splitlines():
-            if (row := json.loads(line))["name"] == name:
+        for row in read_json_lines(file):
+            if row["name"] == name:
                 return row
     root = args.output_dir / "fits"
     command = [sys.executable, "-m", "lit_phi2", "fit", "--config", args.config, *flags]

@@ -8,15 +8,18 @@ Data and model meet only here. A value that both need is set once, for the model
 (`add_arguments_to_parser`), so it is not a key of its own there.
 """
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lit_phi2.adapters.adapter import check_same_base
 from lit_phi2.adapters.checkpoint import read_adapter
-from lit_phi2.cli.arguments import ALLOWED_CLASS_NAMES, check_config, config_setting, known_keys
+from lit_phi2.cli.arguments import check_repeated, known_keys, list_keys
 from lit_phi2.cli.checks import (
     check_callbacks,
     check_run_name,
@@ -24,38 +27,24 @@ from lit_phi2.cli.checks import (
     check_strategy,
     check_trainer_settings,
 )
-from lit_phi2.cli.messages import humanize_parser_error
+from lit_phi2.cli.configs import check_config, config_setting
+from lit_phi2.cli.help import requested_help
+from lit_phi2.cli.messages import class_error, describe_defaults, name_trainer_key
+from lit_phi2.cli.parser import Parser
+from lit_phi2.cli.subcommands import SUBCOMMANDS
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.pretrained import resolve_base_model
+from lit_phi2.training.fit import TRAINER_DEFAULTS
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.trainer import Trainer
-from lit_phi2.utils.paths import find_checkpoint
+from lit_phi2.utils.console import print_text
+from lit_phi2.utils.paths import expand_user, find_checkpoint
 
 log = logging.getLogger(__name__)
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict", "inspect", "export")
-DESCRIPTION = (
-    "Fine-tune Phi-2 with LoRA on instruction/response records. "
-    "--allow_classes a.B,c.D lets configs name these classes, too."
-)
-TRAINER_DEFAULTS = {
-    "default_root_dir": "runs",
-    "max_epochs": 3,
-    "gradient_clip_val": 1.0,
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": -1,  # all of val_files: every curve starts with the base at step 0
-    "use_distributed_sampler": False,  # data/schedule.py distributes records to ranks
-    "enable_model_summary": False,  # training/module.py logs the number of trained and frozen weights
-}
+TRAINER_KEYS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 _NOT_SAVED = ("ckpt_path", "output", "output_dir", "config")
-
-
-class Parser(LightningArgumentParser):
-    """Raises an InputError with a short message, where jsonargparse prints its usage and exits."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise InputError(humanize_parser_error(message, known_keys(self), ALLOWED_CLASS_NAMES)) from ex
 
 
 class CLI(LightningCLI):
@@ -74,7 +63,7 @@ class CLI(LightningCLI):
             trainer_class=Trainer,
             trainer_defaults=TRAINER_DEFAULTS,
             parser_class=Parser,
-            parser_kwargs={"prog": "lit-phi2", "description": DESCRIPTION},
+            parser_kwargs={"prog": "lit-phi2"},
             auto_configure_optimizers=False,  # --optimizer would replace the module's optimizer
             load_from_checkpoint_support=False,
         )
@@ -86,20 +75,21 @@ class CLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys outside model, data and trainer."""
+        parser.add_argument("--seed_everything", type=int, default=42, help="of record order, new weights and dropout.")
         parser.add_argument(
-            "--seed_everything", type=int, default=42, help="Seed of record order, new adapter weights and dropout."
-        )
-        parser.add_argument(
-            "--run_name", type=str | None, default=None, help="The run's folder; null: the stem of the last --config."
+            "--run_name",
+            type=str | None,
+            default=None,
+            help="name of the run's folder; null: that of the last --config.",
         )
         parser.add_argument(
             "--checkpoint.every_n_steps",
             type=int | None,
             default=None,
-            help="Write last.ckpt at least every N optimizer steps; null: no such limit.",
+            help="most steps from one last.ckpt to the next; optimizer steps. null: no such limit.",
         )
         parser.add_argument(
-            "--checkpoint.every_minutes", type=float, default=5.0, help="Write last.ckpt at least every M minutes."
+            "--checkpoint.every_minutes", type=float, default=5.0, help="most minutes from one last.ckpt to the next."
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -110,12 +100,16 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments, after checking the keys of each config."""
+        """Print the help if it is asked for; otherwise parse, after checking the keys of each config and flag."""
+        subparser = self._subcommand_parsers[self.arguments[0]]  # early_answer has checked the name
+        help_text = requested_help(subparser, self.arguments[0], self.arguments)
+        if help_text is not None:
+            print_text(help_text)
+            raise SystemExit(0)
         configs = [value for name, value in zip(self.arguments, self.arguments[1:], strict=False) if name == "--config"]
-        subparser = self._subcommand_parsers.get(self.arguments[0] if self.arguments else "")
-        if subparser is not None:
-            for path in configs:
-                check_config(path, known_keys(subparser))
+        for path in configs:
+            check_config(path, known_keys(subparser))
+        check_repeated(self.arguments, known_keys(subparser), list_keys(subparser))
         try:
             self.config = parser.parse_args(self.arguments)
         except InputError as error:
@@ -125,6 +119,8 @@ class CLI(LightningCLI):
         self.has_run_name = config.run_name is not None or bool(configs)
         if config.run_name is None:
             config.run_name = Path(configs[-1]).stem if configs else "run"
+        if not configs:
+            log.info(describe_defaults(self.config.subcommand, config.model, config.data))
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's version would let hyperparameters of the checkpoint replace flags.
@@ -137,7 +133,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         check_trainer_settings(config.trainer)
         check_run_name(config.run_name)
-        config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir).expanduser())
+        config.trainer.default_root_dir = str(expand_user(config.trainer.default_root_dir, "trainer.default_root_dir"))
         self._resolve_adapter()
         if config.get("ckpt_path"):
             self._resolve_ckpt_path()
@@ -166,9 +162,12 @@ class CLI(LightningCLI):
         config.ckpt_path = str(checkpoint)
         if self.subcommand in ("validate", "test", "predict"):
             self._adopt_checkpoint_settings(checkpoint)
+        elif self.subcommand == "fit" and checkpoint.is_file():  # before the data is read
+            base = resolve_base_model(config.model.base)
+            check_same_base(read_adapter(checkpoint), base, source=f"--ckpt_path {checkpoint}")
 
     def _adopt_checkpoint_settings(self, checkpoint: Path) -> None:
-        """Take LoRA settings and base from a checkpoint, and log where the config differs."""
+        """Take the LoRA settings from a checkpoint, and log where the config differs; model.base stays."""
         config = self.config[self.subcommand].model
         adapter = read_adapter(checkpoint)
         config.adapter = str(checkpoint)
@@ -177,48 +176,39 @@ class CLI(LightningCLI):
             "lora_alpha": adapter.settings.lora_alpha,
             "target_modules": list(adapter.settings.target_modules),
         }
-        if not self._same_base(config.base, adapter.base["base_digest"]):
-            settings["base"] = adapter.base["base"]
         for key, value in settings.items():
             if config[key] != value:
                 log.info("model.%s: %s, as in %s; not %s", key, value, checkpoint, config[key])
                 config[key] = value
-        self.config[self.subcommand].data.base = config.base
 
-    def _same_base(self, base: str, digest: str) -> bool:
-        """Whether the configured base is the one with this digest, in whatever folder it is now."""
-        if not digest:
-            return False
+    def instantiate_classes(self) -> None:
+        """Build the classes that the trainer section names, data, model and Trainer."""
         try:
-            return resolve_base_model(base).digest == digest
+            super().instantiate_classes()
         except InputError:
-            return False
+            raise
+        except (ValueError, MisconfigurationException) as error:
+            if message := class_error(str(error)):
+                raise InputError(message) from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer with the attributes of this run.
-
-        Lightning's logger, checkpoints and progress bar are off: Trainer adds ours when the run has a folder.
-        """
+        """The Trainer with the attributes of this run."""
         config = self.config[self.subcommand]
-        requested = self.config_init[self.subcommand].trainer
-        check_callbacks(requested.callbacks)
-        default_logger = requested.logger in (None, True)
-        settings: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False}
-        if default_logger or self.subcommand != "fit":
-            settings["logger"] = False
+        check_callbacks(self.config_init[self.subcommand].trainer, fit=self.subcommand == "fit")
         try:
-            trainer = super().instantiate_trainer(**settings)
-        except (TypeError, ValueError, RuntimeError, ImportError) as error:  # Lightning's own checks
-            raise InputError(f"trainer: {error}") from error
+            # Other subcommands than fit have no curves.
+            trainer = super().instantiate_trainer(**({} if self.subcommand == "fit" else {"logger": False}))
+        except InputError:
+            raise
+        except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+            raise InputError(name_trainer_key(str(error), TRAINER_KEYS)) from error  # Lightning's own checks
         assert isinstance(trainer, Trainer)
         check_strategy(trainer)
         trainer.run_name = config.run_name
         trainer.run_config = self._run_config()
         trainer.checkpoint_every_n_steps = config.checkpoint.every_n_steps
         trainer.checkpoint_every_minutes = config.checkpoint.every_minutes
-        trainer.enable_tensorboard = default_logger
-        trainer.enable_checkpoints = requested.enable_checkpointing is not False
-        trainer.enable_progress = requested.enable_progress_bar is not False
         return trainer
 
     def _run_config(self) -> str:

@@ -1,25 +1,24 @@
-"""Arguments: the command line as jsonargparse reads it, and the config files that it names.
+"""Arguments: the command line as jsonargparse reads it, each flag once, and the classes that configs may name.
 
     fit --model.lora_r 8 --config tiny.yaml --allow_classes a.B
       -> fit --config <package>/configs/tiny.yaml --model.lora_r 8      and the classes [a.B]
 
-jsonargparse lets the later argument win, so configs come first and flags win wherever the user typed them.
+jsonargparse lets the later argument win, so configs come first and flags win wherever the user typed them. Of a flag
+that is given twice it would drop the first.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import callbacks, loggers, profilers
 
-from lit_phi2.cli.messages import did_you_mean
+from lit_phi2.cli.configs import CONFIG_SECTIONS, resolve_config
+from lit_phi2.cli.subcommands import pop_option
 from lit_phi2.errors import InputError
-
-CONFIG_SECTIONS = ("model", "data", "trainer", "checkpoint")
+from lit_phi2.utils.console import shell_command
 
 # Classes that a config may name: none of them runs code passed to it or sends anything. --allow_classes adds to them.
 ALLOWED_CLASSES = (
@@ -44,7 +43,7 @@ def configs_first(arguments: Sequence[str]) -> list[str]:
     >>> configs_first(["fit", "--model.lora_r", "8", "--config", "a.yaml", "-c=b.yaml"])
     ['fit', '--config', 'a.yaml', '--config', 'b.yaml', '--model.lora_r', '8']
     """
-    configs, rest = _pop_option(arguments, "--config", "-c")
+    configs, rest = pop_option(arguments, "--config", "-c")
     flags = [part for config in configs for part in ("--config", resolve_config(config))]
     return rest[:1] + flags + rest[1:]
 
@@ -57,28 +56,63 @@ def pop_allow_classes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     >>> pop_allow_classes(["fit", "--allow_classes", "a.B,c.D", "--config", "x.yaml"])
     (['fit', '--config', 'x.yaml'], ['a.B', 'c.D'])
     """
-    values, rest = _pop_option(arguments, "--allow_classes")
+    values, rest = pop_option(arguments, "--allow_classes")
     return rest, [name for value in values for name in value.split(",")]
 
 
-def _pop_option(arguments: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
-    """The values of an option, given as `--name value` or `--name=value`, and the arguments without it."""
-    values: list[str] = []
-    rest: list[str] = []
-    iterator = iter(arguments)
-    for argument in iterator:
-        name, equals, value = argument.partition("=")
-        if name in names:
-            values.append(value if equals else next(iterator, ""))
-        else:
-            rest.append(argument)
-    return values, rest
+def known_keys(parser: Any) -> list[str]:
+    """Every key that a config of this parser may have, with dots."""
+    return [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+
+
+def list_keys(parser: Any) -> list[str]:
+    """The keys whose value may be a list."""
+    return [action.dest for action in parser._actions if f"--{action.dest}+" in action.option_strings]
+
+
+def check_repeated(arguments: Sequence[str], known: Sequence[str], lists: Sequence[str]) -> None:
+    """Refuse a flag that is given twice; --KEY+, which appends, may be.
+
+    Args:
+        arguments: of the command line.
+        known: the keys of the parser.
+        lists: those whose value may be a list.
+
+    Raises:
+        InputError: names the flag, its values and, for a list, how to give them all.
+    """
+    values: dict[str, list[str]] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        key = flag.removeprefix("--")
+        if flag != key and key in known and key not in ("config", *CONFIG_SECTIONS):
+            values.setdefault(key, []).append(value if equals else following)
+    for key, given in values.items():
+        if len(given) > 1:
+            times = "twice" if len(given) == 2 else f"{len(given)} times"
+            problem = f"--{key} is given {times}, as {' and as '.join(given)}; only the last would count."
+            cure = f"To give all: {_list_flag(key, given)}" if key in lists else "Leave out all but one."
+            raise InputError(f"{problem} {cure}")
+
+
+def _list_flag(key: str, values: Sequence[str]) -> str:
+    """The flag that gives several values at once, quoted for a shell.
+
+    >>> _list_flag("data.train_files", ["a.jsonl", "[b.jsonl, my records.jsonl]"])
+    "--data.train_files '[a.jsonl, b.jsonl, my records.jsonl]'"
+    """
+    items: list[Any] = []
+    for value in values:
+        loaded = yaml.safe_load(value) if value.startswith("[") else value
+        items += loaded if isinstance(loaded, list) else [value]
+    return shell_command(f"--{key}", yaml.safe_dump(items, default_flow_style=True, width=10**6).strip())
 
 
 @contextmanager
 def classes_allowed(classes: Sequence[str]) -> Iterator[None]:
-    """Let configs name these classes and ALLOWED_CLASSES, and nothing else that could be imported.
+    """Let configs name these classes and ALLOWED_CLASSES, and nothing else that could be imported or fetched.
 
+    None of lit_phi2's own: every run adds its callbacks itself, and in a config they could write to any folder.
     jsonargparse keeps what is allowed for the whole process, so it is withdrawn at the end.
 
     Raises:
@@ -87,81 +121,16 @@ def classes_allowed(classes: Sequence[str]) -> Iterator[None]:
     defined = [f"{cls.__module__}.{cls.__qualname__}" for cls in ALLOWED_CLASSES]
     packages = [f"lightning.pytorch.{kind}" for kind in ("callbacks", "loggers", "profilers")]
     public = [f"{name}.{path.rpartition('.')[2]}" for path in defined for name in packages if path.startswith(name)]
-    allowed = ["lit_phi2", *defined, *public, *classes]
+    allowed = [*defined, *public, *classes]
     try:
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
+        set_parsing_settings(
+            import_path_denylist=["*"],
+            import_path_allowlist=allowed,
+            config_read_mode_fsspec_enabled=False,  # Lightning lets a value be the URL of a config
+        )
     except ValueError as error:
         raise InputError(f"--allow_classes {','.join(classes)}: {error}") from error
     try:
         yield
     finally:
         set_parsing_settings(import_path_denylist=["*", *allowed])
-
-
-def resolve_config(path: str) -> str:
-    """The path of a config; `tiny.yaml` and `configs/tiny.yaml` are the packaged file if no such file exists."""
-    if path and not Path(path).exists():
-        for config in packaged_configs():
-            if config.name == Path(path).name and Path(path).parent.name in ("", "configs"):
-                return str(config)
-    return path
-
-
-def packaged_configs() -> list[Path]:
-    """The configs that come with lit_phi2: inside the installed package, or beside it in a clone."""
-    package = Path(__file__).parents[1]
-    folders = (package / "configs", package.parent / "configs")
-    return sorted(next((folder for folder in folders if folder.is_dir()), package).glob("*.yaml"))
-
-
-def known_keys(parser: Any) -> list[str]:
-    """Every key that a config of this parser may have, with dots."""
-    return [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
-
-
-def check_config(path: str, known: Sequence[str]) -> None:
-    """Refuse a config file that cannot be read, or that has an unknown key.
-
-    Raises:
-        InputError: names the file, the key and the nearest known key.
-    """
-    if not Path(path).is_file():
-        names = ", ".join(config.name for config in packaged_configs())
-        raise InputError(f"--config {path}: no such file. Packaged: {names}")
-    try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: has no keys; expected sections such as model:, data: and trainer:.")
-    for key in flatten_keys(content):
-        if key in CONFIG_SECTIONS:
-            raise InputError(f"{path}: section {key!r} has no keys; give it at least one, or remove it.")
-        below_known = any(key.startswith(f"{name}.") for name in known if name not in CONFIG_SECTIONS)
-        if key not in known and not below_known:
-            raise InputError(f"{path}: unknown key {key!r}.{did_you_mean(key, known)}")
-
-
-def flatten_keys(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """The keys of a config with dots; a value other than a section is not entered.
-
-    >>> list(flatten_keys({"model": {"base": "tiny"}, "run_name": "a", "trainer": {"logger": {"class_path": "b"}}}))
-    ['model.base', 'run_name', 'trainer.logger']
-    """
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and name in CONFIG_SECTIONS:
-            yield from flatten_keys(value, f"{name}.")
-        else:
-            yield name
-
-
-def config_setting(message: str, configs: Sequence[str], arguments: Sequence[str]) -> str:
-    """`path: ` of the config that set the key in a message, as its prefix; empty if a flag set the key."""
-    match = re.search(r'key "([\w.]+)"', message)
-    if match is None or any(argument.partition("=")[0] == f"--{match[1]}" for argument in arguments):
-        return ""
-    for config in reversed(configs):
-        if match[1] in flatten_keys(yaml.safe_load(Path(config).read_text("utf-8"))):
-            return f"{config}: "
-    return ""

@@ -7,14 +7,16 @@ Lightning accepts most of what is refused here, and the run would then lose floa
 or its checkpoints without notice.
 """
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_phi2.cli.messages import did_you_mean
+from lit_phi2.cli.trainer_values import check_values
 from lit_phi2.errors import InputError
 from lit_phi2.training.trainer import Trainer
 
@@ -54,6 +56,7 @@ def check_trainer_settings(trainer: Any) -> None:
     Raises:
         InputError: names the key and what to use instead.
     """
+    check_values(trainer)
     if trainer.precision not in (None, 32, "32", "32-true"):
         raise InputError(
             f"trainer.precision: {trainer.precision} is not supported here; the compute dtype is model.dtype (auto, "
@@ -90,13 +93,17 @@ def _check_accelerator(accelerator: str) -> None:
         )
 
 
-def check_callbacks(callbacks: Any) -> None:
+def check_callbacks(trainer: Any, *, fit: bool) -> None:
     """Check trainer.callbacks, one callback or a list of them.
 
+    Args:
+        trainer: the trainer section, with its classes built.
+        fit: the subcommand is fit; others need no validation and no logger.
+
     Raises:
-        InputError: a callback writes checkpoints of its own, or monitors a metric that is not measured.
+        InputError: a callback writes checkpoints of its own, or needs what this run does not have.
     """
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+    for callback in trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]:
         name = type(callback).__name__
         if isinstance(callback, Checkpoint):
             raise InputError(
@@ -109,6 +116,43 @@ def check_callbacks(callbacks: Any) -> None:
                 f"trainer.callbacks: {name} monitors {monitor!r}, which is not measured."
                 f"{did_you_mean(monitor.replace('_', '/', 1), MONITORED)} Measured: {', '.join(MONITORED)}."
             )
+        if isinstance(callback, Timer):
+            _check_timer(callback)
+        if isinstance(callback, EarlyStopping) and fit:
+            _check_early_stopping(callback, trainer)
+        if isinstance(callback, LearningRateMonitor | DeviceStatsMonitor) and fit and trainer.logger in (False, []):
+            raise InputError(
+                f"trainer.callbacks: {name} writes to a logger, but trainer.logger is false. Remove one of them."
+            )
+
+
+def _check_timer(timer: Timer) -> None:
+    if timer.time_remaining() is None:
+        raise InputError(
+            "trainer.callbacks: Timer has no duration, so it never stops the run. Remove it, or set trainer.max_time."
+        )
+    if isinstance(timer._interval, Enum):
+        raise InputError(
+            "trainer.callbacks: Timer has its default interval, which config.yaml cannot hold. Set its init_args: "
+            "interval: step or epoch, or remove it and set trainer.max_time, which also stops after a step."
+        )
+
+
+def _check_early_stopping(callback: EarlyStopping, trainer: Any) -> None:
+    """Refuse EarlyStopping that would look for a metric where none is measured."""
+    if trainer.limit_val_batches == 0 and not trainer.overfit_batches:
+        raise InputError(
+            "trainer.callbacks: EarlyStopping needs a validation, but trainer.limit_val_batches is 0. Remove one of "
+            "them."
+        )
+    at_epoch_end = callback._check_on_train_epoch_end
+    is_timed = not isinstance(trainer.val_check_interval, int | float | None)
+    every_epoch = trainer.check_val_every_n_epoch == 1 and not is_timed
+    if (at_epoch_end is None and is_timed) or (at_epoch_end and not every_epoch):
+        raise InputError(
+            "trainer.callbacks: EarlyStopping would look for val/loss at the end of every epoch, and not every epoch "
+            "is validated then. Set its init_args: check_on_train_epoch_end: false."
+        )
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -118,6 +162,11 @@ def check_strategy(trainer: Trainer) -> None:
         InputError: the strategy is neither a single device nor DDP.
     """
     strategy = trainer.strategy
+    if trainer.num_nodes > 1 and not strategy.cluster_environment.creates_processes_externally:
+        raise InputError(
+            f"trainer.num_nodes: {trainer.num_nodes} machines need torchrun or SLURM to start a process on each "
+            "(configs/README.md); 1 is this machine alone."
+        )
     spawned = getattr(strategy, "_start_method", "popen") != "popen"
     if spawned or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise InputError(

@@ -3,7 +3,7 @@
     0            done
     1            a defect, a problem of the machine, or a non-finite loss
     2            config, arguments or data must change
-    130, 143     stopped by Ctrl-C or SIGTERM, after saving
+    130, 143     stopped by Ctrl-C or SIGTERM
 
 Errors that the user can fix are printed as a few lines without a traceback; LIT_PHI2_TRACEBACK=1 shows the traceback.
 """
@@ -14,13 +14,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-from lit_phi2.cli.app import CLI
-from lit_phi2.cli.arguments import classes_allowed, configs_first, pop_allow_classes
-from lit_phi2.errors import InputError, NonFiniteError, RunInterrupted
-from lit_phi2.utils.console import PEER_DIED, RESUME_HINT, escape_control_chars, set_up_logging
+from lit_phi2.cli.subcommands import early_answer
+from lit_phi2.errors import IncompleteError, InputError, NonFiniteError, RunInterrupted
+from lit_phi2.utils.console import PEER_DIED, RESUME_HINT, print_text, replace_unencodable, set_up_logging
+from lit_phi2.utils.signals import stop_request
 
 _PEER_ERROR = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|broken pipe")
 
@@ -31,11 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None takes those of the process.
     """
-    set_up_logging(rank_zero_only.rank)
+    replace_unencodable()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        rest, classes = pop_allow_classes(sys.argv[1:] if arguments is None else arguments)
-        with classes_allowed(classes):
-            CLI(configs_first(rest))
+        with stop_request.handled():
+            return _run(arguments)
+    except RunInterrupted as stop:
+        if _rank() == 0:  # every rank stops
+            _print_error(str(stop))
+        return stop.exit_code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        answer = early_answer(arguments)
+        if answer is None:
+            _run_subcommand(arguments)
+        else:
+            print_text(answer)
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_ctrl_c(error):
             raise
@@ -51,6 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run_subcommand(arguments: Sequence[str]) -> None:
+    # Imported here, so that --help and --version need no torch.
+    from lit_phi2.cli.app import CLI
+    from lit_phi2.cli.arguments import classes_allowed, configs_first, pop_allow_classes
+
+    set_up_logging(_rank())
+    rest, classes = pop_allow_classes(arguments)
+    with classes_allowed(classes):
+        CLI(configs_first(rest))
+
+
+def _rank() -> int:
+    """The rank of this process, as Lightning finds it; 0 before it is imported."""
+    lightning = sys.modules.get("lightning.pytorch.utilities.rank_zero")
+    return getattr(lightning.rank_zero_only, "rank", 0) if lightning else 0
+
+
 def _is_ctrl_c(error: BaseException) -> bool:
     """Whether Ctrl-C caused this; Lightning turns its KeyboardInterrupt into SystemExit(1)."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
@@ -62,14 +89,22 @@ def _report(error: Exception) -> int | None:
     Returns:
         The exit code; None for any other error; main raises it again with its traceback.
     """
-    if isinstance(error, InputError | MisconfigurationException | NonFiniteError | RunInterrupted):
-        label = "stopped" if isinstance(error, RunInterrupted) else "error"
-        if rank_zero_only.rank == 0:  # every rank raises the same error
-            _print_error(f"{label}: {error}")
+    if isinstance(error, InputError | IncompleteError | NonFiniteError) or _is_lightnings(error):
+        if _rank() == 0:  # every rank raises the same error
+            _print_error(f"error: {error}")
         return getattr(error, "exit_code", InputError.exit_code)
     if isinstance(error, RuntimeError) and _PEER_ERROR.search(str(error)):
-        print(f"\nerror: rank {rank_zero_only.rank}: {PEER_DIED}", file=sys.stderr, flush=True)
+        if stop_request.number:  # every process got the signal, and another one has ended already
+            os._exit(128 + stop_request.number)
+        print(f"\nerror: rank {_rank()}: {PEER_DIED}", file=sys.stderr, flush=True)
         os._exit(1)  # exit handlers would wait forever for the process that died
+    file_names = sys.getfilesystemencoding()
+    if isinstance(error, UnicodeEncodeError) and error.encoding == file_names and file_names != "utf-8":
+        _print_error(f"error: a path has a character that file names here, in {file_names}, lack. Set PYTHONUTF8=1.")
+        return InputError.exit_code
+    if isinstance(error, BrokenPipeError):  # head, less: what reads our output wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if isinstance(error, OSError):  # a full disk, a lost permission, a folder that was removed
         source = f"{error.filename}: " if error.filename else ""
         _print_error(f"error: {source}{error.strerror or error}. {RESUME_HINT}")
@@ -77,5 +112,12 @@ def _report(error: Exception) -> int | None:
     return None
 
 
+def _is_lightnings(error: Exception) -> bool:
+    """Whether Lightning refuses a setting, or a combination of settings."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, MisconfigurationException)
+
+
 def _print_error(message: str) -> None:
-    print(escape_control_chars(f"\n{message}"), file=sys.stderr)
+    print_text(f"\n{message}", sys.stderr)

@@ -42,7 +42,7 @@ from lit_phi2.data.splits import Split
 from lit_phi2.errors import InputError
 from lit_phi2.pretrained import load_tokenizer, read_model_config, resolve_base_model
 from lit_phi2.types import Batch, PromptBatch
-from lit_phi2.utils.arguments import keep_arguments
+from lit_phi2.utils.constructors import keep_arguments
 from lit_phi2.utils.paths import expand_user
 
 log = logging.getLogger(__name__)

@@ -101,7 +101,7 @@ def _datamodule(task: Task, examples: list[Example]) -> ClaimsDataModule:
     """A datamodule whose splits are filled in, so that setup has nothing to read."""
     records = [Record(example.id, "", "", "", "") for example in examples]
     data = ClaimsDataModule(max_length=ROW_LENGTH, batch_size=task.rows, base=task.base, seed=SEED)
-    split = build_split([], lambda _: zip(records, examples, strict=True), skip=False)
+    split = build_split([], lambda *_: zip(records, examples, strict=True), skip=False)
     data.splits = {"train": split, "val": split}
     return data
 

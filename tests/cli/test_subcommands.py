@@ -31,7 +31,7 @@ def test_every_subcommand_runs_from_the_saved_config(
         assert name in printed
     assert main(["predict", "--config", str(config), "--ckpt_path", f"{RUN}/adapter", *files]) == 0
     assert len(Path(RUN, "predictions.jsonl").read_text().splitlines()) == 12
-    assert main(["export", "--ckpt_path", "best", "--run_name", "small", "--output_dir", "out"]) == 0
+    assert main(["export", "--config", str(config), "--ckpt_path", "best", "--output_dir", "out"]) == 0
     exported, saved = (Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("out", f"{RUN}/adapter"))
     assert exported == saved
     assert main(["export", "--ckpt_path", RUN, "--output_dir", str(config)]) == 2
