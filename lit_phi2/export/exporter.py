@@ -1,0 +1,209 @@
+"""Exporter: from an adapter to a checked folder for one runtime.
+
+plan_export    format, dtype, base and adapter fit one another; nothing is loaded or written
+export         written beside --output_dir -> run in its runtime -> README.md, export.json -> renamed
+
+peft           adapter_model.safetensors, adapter_config.json, lit_phi2.json
+merged         a model in Hugging Face form
+gguf           adapter.gguf, Modelfile
+gguf-merged    model-DTYPE.gguf, Modelfile
+mlx            adapters.safetensors, adapter_config.json; a copy of the base where mlx-lm needs one
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lit_phi2.adapters.adapter import Adapter, check_adapter
+from lit_phi2.adapters.peft_format import save_adapter
+from lit_phi2.errors import InputError
+from lit_phi2.export.card import CardFacts, model_card, public_name, versions
+from lit_phi2.export.checks import Check, Exported, check_exported
+from lit_phi2.export.commands import (
+    GGUF_ADAPTER_FILE,
+    GGUF_BASE_FILE,
+    GGUF_NAMES,
+    base_gguf_help,
+    gguf_model_file,
+    load_command,
+    quantize_help,
+)
+from lit_phi2.export.folder import REPORT_FILE, check_output_dir, replaced_folder
+from lit_phi2.export.gguf import check_gguf_base, import_gguf, modelfile, write_gguf_adapter, write_gguf_model
+from lit_phi2.export.merged import write_merged
+from lit_phi2.export.metadata import adapter_digest
+from lit_phi2.export.mlx import BASE_COPY, check_mlx_base, needs_base_copy, write_base_copy, write_mlx_adapter
+from lit_phi2.export.parity import Reference
+from lit_phi2.export.progress import write_progress
+from lit_phi2.export.template import ollama_template, stop_texts, template_fingerprint
+from lit_phi2.export.weights import ModelWeights
+from lit_phi2.pretrained import BaseModel, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+# Format -> the dtypes that --dtype may name, the default first. Adapters are float32, as they were trained.
+FORMATS = {
+    "peft": ("float32",),
+    "merged": ("bfloat16", "float16", "float32"),
+    "gguf": ("float32",),
+    "gguf-merged": ("float16", "bfloat16", "float32", "q8_0"),
+    "mlx": ("float32",),
+}
+_LONG_NAMES = {short: name for name, short in GGUF_NAMES.items()}  # f16 -> float16
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """An export whose parts fit one another.
+
+    Attributes:
+        adapter: None for the base alone.
+        base: of the adapter.
+        format: a key of FORMATS.
+        dtype: of the format.
+        output_dir: becomes the export.
+        weights: of the base, with the adapter merged.
+        tokenizer: of the base.
+    """
+
+    adapter: Adapter | None
+    base: BaseModel
+    format: str
+    dtype: str
+    output_dir: Path
+    weights: ModelWeights
+    tokenizer: PreTrainedTokenizerBase
+
+
+def plan_export(
+    adapter: Adapter | None, base: BaseModel, output_dir: Path, *, format: str, dtype: str | None, source: str
+) -> ExportPlan:
+    """Check everything about an export that is known before a model is loaded.
+
+    Args:
+        adapter: None for the base alone.
+        base: of the adapter.
+        output_dir: the folder of the export, which may be new.
+        format: a key of FORMATS.
+        dtype: None for the format's default.
+        source: where the adapter comes from, for messages.
+
+    Raises:
+        InputError: the format, the dtype, the folder, or the adapter on this base cannot be used.
+    """
+    if format not in FORMATS:
+        raise InputError(f"--format {format}: is unknown; expected one of {', '.join(FORMATS)}.")
+    if adapter is None and format not in ("merged", "gguf-merged"):
+        raise InputError(f"--format {format}: exports an adapter. Give one with --ckpt_path.")
+    dtype = _LONG_NAMES.get(dtype or "", dtype or FORMATS[format][0])
+    if dtype not in FORMATS[format]:
+        raise InputError(f"--dtype {dtype}: --format {format} has {', '.join(FORMATS[format])}.")
+    check_output_dir(output_dir)
+    if adapter is not None:
+        check_adapter(adapter, adapter.settings, base, source=source)
+    weights, tokenizer = ModelWeights(base, adapter), load_tokenizer(base)
+    if format in ("gguf", "gguf-merged"):
+        check_gguf_base(weights, tokenizer, dtype)
+        import_gguf()
+    if format == "mlx":
+        check_mlx_base(weights)
+    return ExportPlan(adapter, base, format, dtype, output_dir, weights, tokenizer)
+
+
+def export(plan: ExportPlan, reference: Reference | None, facts: CardFacts) -> Check:
+    """Write, check and name an export; logs what was checked and, last, the command that loads the result.
+
+    Args:
+        plan: of the export.
+        reference: what the running model says to the prompts of the check; None does not check.
+        facts: for the model card.
+
+    Raises:
+        InputError: the result does not say what the running model says; nothing is left of it.
+        OSError: the disk is full or cannot be written; nothing is left of it.
+    """
+    with replaced_folder(plan.output_dir) as folder:
+        _write(plan, folder)
+        base = plan.weights if plan.adapter is None else ModelWeights(plan.base, None)
+        exported = Exported(folder, plan.format, plan.dtype, plan.adapter, base, plan.weights, plan.tokenizer)
+        check = check_exported(exported, reference)
+        _describe(plan, folder, check, facts)
+    log.info("%s", check.summary)
+    if plan.format == "gguf":
+        log.info("%s", base_gguf_help(_base_path(plan)))
+    if plan.format == "gguf-merged":
+        log.info("%s", quantize_help(str(plan.output_dir / gguf_model_file(plan.dtype))))
+    log.info("export: %s\nto load it:\n    %s", plan.output_dir, _command(plan, str(plan.output_dir)))
+    return check
+
+
+def _write(plan: ExportPlan, folder: Path) -> None:
+    num_layers = plan.weights.config.num_hidden_layers
+    if plan.format == "merged":
+        with write_progress(plan.weights, plan.dtype) as progress:
+            write_merged(plan.weights, plan.tokenizer, folder, getattr(torch, plan.dtype), progress)
+    elif plan.format == "gguf-merged":
+        with write_progress(plan.weights, plan.dtype) as progress:
+            write_gguf_model(plan.weights, plan.tokenizer, folder / gguf_model_file(plan.dtype), plan.dtype, progress)
+        comment = "ollama create NAME -f Modelfile"
+        _write_modelfile(folder, f"./{gguf_model_file(plan.dtype)}", None, comment)
+    assert plan.adapter is not None or plan.format in ("merged", "gguf-merged")
+    if plan.adapter is None:
+        return
+    if plan.format == "peft":
+        save_adapter(plan.adapter, folder)
+    elif plan.format == "gguf":
+        write_gguf_adapter(plan.adapter, num_layers, folder / GGUF_ADAPTER_FILE)
+        comment = base_gguf_help(_base_path(plan, public=True)) + "\nThen: ollama create NAME -f Modelfile"
+        _write_modelfile(folder, f"./{GGUF_BASE_FILE}", f"./{GGUF_ADAPTER_FILE}", comment)
+    elif plan.format == "mlx":
+        write_mlx_adapter(plan.adapter, num_layers, folder)
+        write_base_copy(plan.base, plan.tokenizer, folder)
+
+
+def _write_modelfile(folder: Path, model: str, adapter: str | None, comment: str) -> None:
+    text = modelfile(model, adapter, ollama_template(), stop_texts(), comment)
+    (folder / "Modelfile").write_text(text, "utf-8")
+
+
+def _describe(plan: ExportPlan, folder: Path, check: Check, facts: CardFacts) -> None:
+    """Write README.md and, last, export.json."""
+    fingerprints: dict[str, Any] = dict(plan.base.fingerprint())
+    fingerprints["adapter_digest"] = None if plan.adapter is None else adapter_digest(plan.adapter)
+    fingerprints |= template_fingerprint()
+    card = model_card(
+        plan.adapter,
+        plan.base,
+        format=plan.format,
+        fingerprints=fingerprints,
+        checks=check.summary,
+        load=_command(plan, plan.output_dir.name, public=True),
+        facts=facts,
+    )
+    report = {
+        "format": plan.format,
+        "dtype": plan.dtype,
+        "fingerprints": fingerprints,
+        "check": {"method": check.method, "summary": check.summary} | (asdict(check.parity) if check.parity else {}),
+        "versions": versions(),
+    }
+    (folder / "README.md").write_text(card, "utf-8")
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def _command(plan: ExportPlan, folder: str, *, public: bool = False) -> str:
+    has_copy = plan.format == "mlx" and needs_base_copy(plan.weights)
+    base = f"{folder}/{BASE_COPY}" if has_copy else _base_path(plan, public=public)
+    return load_command(plan.format, plan.dtype, base, folder, has_template=has_copy)
+
+
+def _base_path(plan: ExportPlan, *, public: bool = False) -> str:
+    """What a runtime finds the base by: its hub id, or its folder."""
+    if public:
+        return public_name(plan.base)
+    return plan.base.name if plan.base.revision else str(plan.base.folder)
