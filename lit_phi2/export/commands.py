@@ -60,7 +60,7 @@ def base_gguf_help(base: str) -> str:
     return (
         f"An adapter needs its base as GGUF, with attn_q, attn_k and attn_v apart ({GGUF_BASE_FILE} here):\n"
         f"    python convert_hf_to_gguf.py {shlex.quote(base)} --outtype f16 --outfile {GGUF_BASE_FILE}\n"
-        "Many files of Phi-2 on the hub have one attn_qkv instead, and end the runtime when this adapter is loaded."
+        "An older file of Phi-2 may have one attn_qkv instead; llama.cpp crashes when it loads this adapter on that."
     )
 
 

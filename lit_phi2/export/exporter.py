@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_phi2.adapters.adapter import Adapter, check_adapter
+from lit_phi2.adapters.adapter import Adapter, check_adapter, with_base_name
 from lit_phi2.adapters.peft_format import save_adapter
+from lit_phi2.base_digest import check_unchanged
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts, model_card, public_name, versions
 from lit_phi2.export.checks import Check, Exported, check_exported
@@ -106,6 +107,7 @@ def plan_export(
     check_output_dir(output_dir)
     if adapter is not None:
         check_adapter(adapter, adapter.settings, base, source=source)
+        adapter = with_base_name(adapter, base)
     weights, tokenizer = ModelWeights(base, adapter), load_tokenizer(base)
     if format in ("gguf", "gguf-merged"):
         check_gguf_base(weights, tokenizer, dtype)
@@ -124,11 +126,13 @@ def export(plan: ExportPlan, reference: Reference | None, facts: CardFacts) -> C
         facts: for the model card.
 
     Raises:
-        InputError: the result does not say what the running model says; nothing is left of it.
+        InputError: the result does not say what the running model says, or the base changed meanwhile; nothing is left
+            of it.
         OSError: the disk is full or cannot be written; nothing is left of it.
     """
     with replaced_folder(plan.output_dir) as folder:
         _write(plan, folder)
+        check_unchanged(plan.base.folder, plan.base.files)
         base = plan.weights if plan.adapter is None else ModelWeights(plan.base, None)
         exported = Exported(folder, plan.format, plan.dtype, plan.adapter, base, plan.weights, plan.tokenizer)
         check = check_exported(exported, reference)

@@ -5,8 +5,8 @@
 
 An adapter's tensors are .weight.lora_a (r, in) and .weight.lora_b (out, r), float32. llama.cpp multiplies B A by
 adapter.lora.alpha / r: alpha / r is multiplied into B, and r is written as alpha. That is exact where alpha / r is a
-power of two. q, k and v are apart in both: an adapter for them on a base with attn_qkv, as llama.cpp's converter wrote
-it until 2024, ends the runtime without a message.
+power of two. q, k and v are apart in both: llama.cpp crashes when it loads an adapter for them on a base with one
+attn_qkv.
 
 The file is written tensor by tensor: of the model, one tensor is in memory at a time.
 """

@@ -97,6 +97,15 @@ def test_an_export_that_cannot_be_is_refused(
         plan_export(base=export_base, output_dir=tmp_path / "out", source="adapter", **arguments)  # type: ignore[arg-type]
 
 
+def test_without_the_package_gguf_its_formats_say_so(
+    export_base: BaseModel, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)  # its import then fails
+    for format in ("gguf", "gguf-merged"):
+        with pytest.raises(InputError, match="pip install gguf"):
+            plan_export(adapter, export_base, tmp_path / "out", format=format, dtype=None, source="adapter")
+
+
 def test_a_result_that_says_something_else_is_refused(export_base: BaseModel, adapter: Adapter, tmp_path: Path) -> None:
     """The running model has half the scale of the adapter that is exported."""
     half = replace(adapter, settings=replace(adapter.settings, lora_alpha=4))
