@@ -52,6 +52,7 @@ SETTINGS = {
     "data.val_files": "claims:validation[:6]",
     "data.predict_files": "claims:test[:40]",
     "data.batch_size": 2,
+    "model.dtype": "float32",  # auto is measured, and a busy machine might choose another one for predict
     "model.lora_dropout": 0.1,
     "model.max_new_tokens": 8,
     "trainer.max_epochs": 2,

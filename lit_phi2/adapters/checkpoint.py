@@ -32,6 +32,7 @@ _STATE = {
     "target_modules": TEXTS,
     "template_version": integer(0, 2**31 - 1),
     "run": OBJECT,
+    "environment": OBJECT,
     "accumulate_grad_batches": integer(1, 2**31 - 1),
 }
 

@@ -101,28 +101,27 @@ def cpu_bf16_instructions() -> str | None:
 
 @functools.cache
 def bf16_speedup() -> float:
-    """How many times as fast as float32 the CPU multiplies bfloat16, measured in 60 ms.
+    """How many times as fast as float32 the CPU multiplies bfloat16, measured in 50 ms.
 
-    AVX512-BF16 alone does not tell: on some CPUs it is twice as fast as float32, on others half as fast. One thread is
-    measured, and the best of five products, so that other jobs and other ranks on the machine do not change the answer.
+    AVX512-BF16 alone does not tell: on some CPUs it is twice as fast as float32, on others half as fast. The best of
+    many short products on one thread is taken, so that other jobs and other ranks on the machine do not change the
+    answer.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+        seconds = {dtype: min(_matmul_seconds(dtype) for _ in range(30)) for dtype in (torch.float32, torch.bfloat16)}
     finally:
         torch.set_num_threads(num_threads)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Seconds of a (256, 1024) x (1024, 1024) product, the best of five."""
-    x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(6):  # the first one also initializes the library
-        start = time.perf_counter()
-        x @ weight.t()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    """Seconds of a (128, 512) x (512, 512) product; other jobs interrupt few of so short ones."""
+    x, weight = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    start = time.perf_counter()
+    x @ weight.t()
+    return time.perf_counter() - start
 
 
 def total_memory() -> int:

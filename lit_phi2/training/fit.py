@@ -9,6 +9,7 @@ progress bar and logger are off. The same Trainer may run again; every fit begin
 import functools
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ class FitTrainer(pl.Trainer):
         ckpt_path = self.find(ckpt_path, prefer="last")
         resumed = self._read_resumed(ckpt_path)
         self.fit_loop = new_loops(self)
+        if resumed is not None:
+            _keep_dtype(model, resumed["lit_phi2"]["run"])
         self.prepare("fit", model, datamodule)
         model.total_steps()  # raises InputError before a folder is opened
         if resumed is not None:
@@ -154,6 +157,7 @@ class FitTrainer(pl.Trainer):
         """Check model and data first: an invalid setting or record then loads no weights and leaves no folder."""
         self.callbacks[:] = [callback for callback in self.callbacks if not isinstance(callback, _ADDED)]
         self.callbacks.append(SignalHandlers())
+        stop_request.number = 0  # a signal that stopped an earlier run of this program
         if self.enable_tensorboard and not self.fast_dev_run:
             self.loggers = []  # the event file of an earlier fit
         data: TrainingData = datamodule  # mypy checks the protocol here; Lightning types its attribute as Any
@@ -229,3 +233,10 @@ class FitTrainer(pl.Trainer):
                 "data.val_files: validating on the packaged claims while training on other records. Give your own, or "
                 "null to hold out data.val_fraction of the training records."
             )
+
+
+def _keep_dtype(model: LitPhi2, run: Mapping[str, Any]) -> None:
+    """Continue in the dtype of the run: `auto` might choose another one here, or on a busier machine."""
+    if model.compute_dtype == "auto" and model.phi is None and run.get("compute_dtype") in ("bfloat16", "float32"):
+        model.compute_dtype = run["compute_dtype"]
+        log.info("model.dtype: %s, as in the checkpoint", model.compute_dtype)

@@ -117,8 +117,8 @@ _MEANINGS = {
 def _difference(key: str, saved: Any, current: Any) -> str:
     """One line about a key whose values differ.
 
-    >>> _difference("val_data_digest", "1f2e", "9a8b")[-46:]
-    ' whole run (1f2e in the checkpoint, 9a8b now)'
+    >>> _difference("train_data_digest", "1f2e", "9a8b")
+    'data.train_files: have other training records (1f2e in the checkpoint, 9a8b now)'
     """
     values = f"{saved} in the checkpoint, {current} now"
     return f"{_MEANINGS[key]} ({values})" if key in _MEANINGS else f"{key}: {values}"

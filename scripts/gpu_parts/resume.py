@@ -95,16 +95,10 @@ def fit(
         callbacks=list(callbacks),
         max_epochs=EPOCHS,
         accumulate_grad_batches=ACCUMULATE,
-        gradient_clip_val=1.0,
-        log_every_n_steps=1,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
-        enable_model_summary=False,
     )
-    trainer.enable_tensorboard = trainer.enable_progress = False
     trainer.checkpoint_every_n_steps = 1
     trainer.fit(module, data, ckpt_path=ckpt_path)
     assert module.phi is not None

@@ -313,11 +313,9 @@ def test_without_training_records_nearest_is_left_out(
     phi_dir: Path,
     scored_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """With a warning, and the rest as it is with them. The file is missing, or has no valid record."""
-    monkeypatch.setattr(logging.getLogger("lit_phi2"), "propagate", True)  # off once another test has run the CLI
     train = tmp_path / "train.jsonl"
     if content is not None:
         train.write_text(content)

@@ -1,6 +1,5 @@
 """A resumed run says where it cannot be bit for bit the undisturbed one."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,9 +25,7 @@ def test_a_resume_with_another_number_of_threads_warns_once(
     train_file: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("lit_phi2"), "propagate", True)
     new_trainer(tmp_path, keep=True, max_steps=2).fit(new_module(phi_dir), new_data(phi_dir, train_file))
     torch.set_num_threads(number)
     last = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"

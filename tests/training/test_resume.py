@@ -135,6 +135,17 @@ def test_a_changed_setting_is_refused_with_both_values(
     assert "--model.adapter" in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_auto_continues_in_the_dtype_of_the_run(dtype: str, phi_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    """Whichever of them `auto` chooses on this machine now."""
+    data = new_data(phi_dir, train_file)
+    new_trainer(tmp_path, keep=True, max_steps=2).fit(new_module(phi_dir, dtype=dtype), data)
+    last = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    module = LitPhi2(base=str(phi_dir), max_new_tokens=8, lora_r=4, lora_alpha=8, warmup_ratio=0.0, dtype="auto")
+    new_trainer(tmp_path, keep=True, max_steps=2).fit(module, data, ckpt_path=str(last))
+    assert module.fused_phi.lm_head.weight.dtype == getattr(torch, dtype)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_edited_file_is_noticed_on_resume(
     split: str, whole_run: tuple[Path, Path, dict[str, Tensor]], phi_dir: Path, tmp_path: Path

@@ -1,6 +1,8 @@
 """Our Trainer, LitPhi2 and ClaimsDataModule as a program or a notebook uses them, without the command line."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 
 from helpers import ROOT, fill_lora_b, new_data, new_module, weights_of
 from lit_phi2 import ClaimsDataModule, LitPhi2, Trainer
 from lit_phi2.adapters.checkpoint import read_adapter, read_checkpoint
 from lit_phi2.cli.main import main
-from lit_phi2.errors import InputError
+from lit_phi2.errors import InputError, RunInterrupted
 from lit_phi2.training.callbacks.completions import TestCompletions
 
 
@@ -112,6 +115,38 @@ def test_one_trainer_fits_twice_in_two_folders(new: Callable[..., Any], tmp_path
     assert {path: path.read_bytes() for path in files} == files
     last = tmp_path / "run" / "version_1" / "checkpoints" / "last.ckpt"
     assert read_checkpoint(last)[1]["global_step"] == 12
+
+
+def test_an_interrupted_run_continues_in_the_same_program(new: Callable[..., Any], tmp_path: Path) -> None:
+    """As after a click on Interrupt in a notebook. Reference: a run that no one stopped."""
+
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 5:
+                signal.raise_signal(signal.SIGINT)
+
+    model, data, trainer = new(callbacks=[Interrupt()])
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(RunInterrupted, match="stopped after optimizer step 6, which is saved"):
+        trainer.fit(model, data)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    trainer.fit(model, data, ckpt_path="last")
+    reference, data, trainer = new(default_root_dir=tmp_path / "reference")
+    trainer.fit(reference, data)
+    assert all(torch.equal(weight, weights_of(reference)[name]) for name, weight in weights_of(model).items())
+
+
+def test_the_readmes_program_trains_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands, on a mine.jsonl of thirty packaged records."""
+    monkeypatch.chdir(tmp_path)
+    claims = (ROOT / "lit_phi2" / "assets" / "claims" / "train.jsonl").read_text("utf-8")
+    Path("mine.jsonl").write_text("\n".join(claims.split("\n")[:30]) + "\n", "utf-8")
+    (program,) = re.findall(r"(?s)```python\n(from lit_phi2 import.*?)```", (ROOT / "README.md").read_text("utf-8"))
+    exec(program, {})
+    assert capsys.readouterr().out.strip()
+    assert (tmp_path / "runs" / "run" / "version_0" / "adapter" / "adapter_config.json").is_file()
 
 
 def test_complete_answers_as_predict_does(new: Callable[..., Any], tmp_path: Path, record_rows: list[Any]) -> None:
