@@ -125,8 +125,8 @@ def test_a_changed_setting_is_refused_with_both_values(
     module = new_module(phi_dir, dropout=True, **({"lora_dropout": 0.2, "warmup_ratio": 0.2} | model_settings))
     data_settings = {key: value for key, value in changed.items() if key in ("seed", "max_length")}
     data = new_data(phi_dir, train_file, packing=False, **data_settings)
-    of_trainer = ("max_epochs", "limit_val_batches", "gradient_clip_algorithm")
-    trainer_settings = {key: value for key, value in changed.items() if key in of_trainer}
+    trainer_keys = ("max_epochs", "limit_val_batches", "gradient_clip_algorithm")
+    trainer_settings = {key: value for key, value in changed.items() if key in trainer_keys}
     with pytest.raises(InputError) as error:
         resumable_trainer(tmp_path, **trainer_settings).fit(
             module, data, ckpt_path=str(folder / "checkpoints" / "last.ckpt")

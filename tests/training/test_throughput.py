@@ -15,7 +15,7 @@ STATUS = Path("/proc/self/status")
 
 @pytest.mark.skipif(not STATUS.is_file(), reason="reads the peak from /proc")
 def test_peak_memory_is_that_of_the_kernel() -> None:
-    """Within a tenth: this process may grow between the two readings."""
+    """Within a tenth: this process may use more memory at the second reading."""
     match = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
     assert match is not None
     assert peak_resident_bytes() == pytest.approx(int(match[1]) * 1024, rel=0.1)

@@ -31,7 +31,7 @@ def read(path: Path, content: str | bytes) -> list[tuple[int | str, Any]]:
 
 _ODD = " ab,;\t|\"'\r\n\x0b\x0c\x1c\x1e\x85\u2028\u2029é"
 value = st.text(st.one_of(st.sampled_from(_ODD), st.characters(codec="utf-8")))
-last = value.map(lambda text: text.rstrip("\r"))  # unquoted, it could not be told from the line's end
+last = value.map(lambda text: text.rstrip("\r"))  # unquoted, it looks like the end of the line
 tables = st.lists(st.tuples(value, value, last), min_size=1, max_size=8)
 
 
