@@ -34,9 +34,19 @@ class StoppedRun:
     output: str
 
 
+@dataclass
+class Signal:
+    """A signal that a run sends itself in a call of a phase's function, after it wrote the file `sent`."""
+
+    number: int
+    phase: str
+    call: int
+    sent: Path
+
+
 def run(arguments: Sequence[str], log: Path) -> StoppedRun:
     """Run a command line to its end."""
-    process = _start(arguments, log, None, None)
+    process = _start(arguments, log, None)
     process.join()
     return StoppedRun(process.exitcode or 0, 0.0, log.read_text())
 
@@ -50,7 +60,9 @@ def stop(
     calls: int = 1,
     again: bool = False,
 ) -> StoppedRun:
-    """Run a command line, and send it a signal in a phase that would last SECONDS.
+    """Run a command line that sends itself a signal in a phase that would last SECONDS.
+
+    The run itself sends it, so that the place does not depend on how busy the machine is.
 
     Args:
         arguments: of lit_phi2.
@@ -60,16 +72,14 @@ def stop(
         calls: the signal comes in this call of the phase's function.
         again: send the signal a second time, after a second.
     """
-    marker = log.with_suffix(".phase")
-    marker.unlink(missing_ok=True)
-    process = _start(arguments, log, (phase, calls), marker)
-    while not marker.is_file():
+    sent_file = log.with_suffix(".sent")
+    sent_file.unlink(missing_ok=True)
+    process = _start(arguments, log, Signal(number, phase, calls, sent_file))
+    while not sent_file.is_file():
         assert process.is_alive(), log.read_text()
         time.sleep(0.01)
-    time.sleep(0.2)  # into the phase
-    assert process.pid is not None
-    os.kill(process.pid, number)
     sent = time.monotonic()
+    assert process.pid is not None
     if again:
         time.sleep(1.0)
         os.kill(process.pid, number)
@@ -81,21 +91,21 @@ def stop(
     return StoppedRun(process.exitcode or 0, seconds, log.read_text())
 
 
-def _start(arguments: Sequence[str], log: Path, phase: tuple[str, int] | None, marker: Path | None) -> BaseProcess:
-    process = _forkserver.Process(target=_child, args=(list(arguments), log, phase, marker))
+def _start(arguments: Sequence[str], log: Path, stop_signal: Signal | None) -> BaseProcess:
+    process = _forkserver.Process(target=_child, args=(list(arguments), log, stop_signal))
     process.start()
     return process
 
 
-def _child(arguments: list[str], log: Path, phase: tuple[str, int] | None, marker: Path | None) -> None:
+def _child(arguments: list[str], log: Path, stop_signal: Signal | None) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.__stderr__ = sys.stderr = os.fdopen(2, "w", buffering=1)  # type: ignore[misc]
     from lit_phi2.cli.main import main
 
-    if phase is not None and marker is not None:
-        _slow_down(*phase, marker)
+    if stop_signal is not None:
+        _slow_down(stop_signal)
     code = 1
     with contextlib.suppress(SystemExit):
         code = main(arguments)
@@ -121,24 +131,29 @@ def _phases() -> dict[str, tuple[Any, str, int]]:
     }
 
 
-def _slow_down(phase: str, calls: int, marker: Path) -> None:
-    """From its call number `calls` on, the function of a phase takes SECONDS in all."""
-    owner, name, num_calls = _phases()[phase]
+def _slow_down(stop_signal: Signal) -> None:
+    """From the call of the signal on, the function of its phase takes SECONDS in all."""
+    owner, name, num_calls = _phases()[stop_signal.phase]
     function: Callable[..., Any] = getattr(owner, name)
     called = 0
+
+    def send() -> None:
+        stop_signal.sent.touch()
+        os.kill(os.getpid(), stop_signal.number)
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         nonlocal called
         called += 1
-        if called >= calls:
-            marker.touch()
+        if called == stop_signal.call:
+            send()
+        if called >= stop_signal.call:
             time.sleep(SECONDS / num_calls)
         return function(*args, **kwargs)
 
     def slow_rows(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        marker.touch()
+        send()
         for row in function(*args, **kwargs):
             time.sleep(SECONDS / 10)
             yield row
 
-    setattr(owner, name, slow_rows if phase == "reading" else slow)
+    setattr(owner, name, slow_rows if stop_signal.phase == "reading" else slow)
