@@ -16,12 +16,13 @@ from torch import Tensor
 from lit_phi2.adapters.adapter import Adapter
 from lit_phi2.adapters.peft_format import read_peft_folder
 from lit_phi2.errors import InputError
-from lit_phi2.export.commands import GGUF_ADAPTER_FILE, gguf_model_file
+from lit_phi2.export.commands import gguf_model_file
 from lit_phi2.export.gguf_reader import read_gguf
 from lit_phi2.export.imports import read_gguf_adapter, read_mlx_adapter
 from lit_phi2.export.merged import shard_names
 from lit_phi2.export.names import gguf_name
 from lit_phi2.export.weights import ModelWeights, lora_pairs
+from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 
 # Half a unit in the last place, relative to the value; of q8_0 to the largest of its 32 values, whose scale is float16.
 _ROUNDING = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "q8_0": 0.5 / 127 + 2**-10}
