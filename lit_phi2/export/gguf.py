@@ -143,9 +143,7 @@ def import_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise InputError(
-            "--format gguf and gguf-merged: need the package gguf. Install it: pip install gguf"
-        ) from error
+        raise InputError("--format gguf and gguf-merged need the package gguf: pip install gguf") from error
     return gguf
 
 
