@@ -29,6 +29,7 @@ _ROUNDING = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "q8_0": 0.5 /
 _BLOCK = 32  # elements of q8_0
 _ROWS = 2048  # compared at once, so that the copies of an embedding stay small
 _FLOAT16_STEP = 2**-25  # half of the smallest step of float16, for values too small for its precision
+_FLOAT16_NORMAL = 2**-14  # below it, the precision of float16 falls
 
 
 def read_back(folder: Path, *, format: str, dtype: str, adapter: Adapter | None, weights: ModelWeights) -> str:
@@ -90,6 +91,7 @@ def _difference(value: Tensor, expected: Tensor, dtype: str, name: str, slack: f
     if value.shape != expected.shape:
         raise InputError(f"export: refused, because {name} in the file has another shape. Nothing was written.")
     largest, step = 0.0, 0.0 if dtype == "float32" else _FLOAT16_STEP
+    smallest = _FLOAT16_NORMAL if dtype == "float16" else _FLOAT16_STEP  # smaller values are compared with this one
     for part, other in zip(value.split(_ROWS), expected.split(_ROWS), strict=True):
         size = other.abs()
         if dtype == "q8_0":
@@ -99,5 +101,5 @@ def _difference(value: Tensor, expected: Tensor, dtype: str, name: str, slack: f
             raise InputError(
                 f"export: refused, because {name} in the file is not what was exported. Nothing was written."
             )
-        largest = max(largest, float((difference / size.clamp_(min=_FLOAT16_STEP)).max()))
+        largest = max(largest, float((difference / size.clamp_(min=smallest)).max()))
     return largest

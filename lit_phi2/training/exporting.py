@@ -21,7 +21,7 @@ from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts
 from lit_phi2.export.exporter import ExportPlan
 from lit_phi2.export.parity import CHECK_TOKENS, Reference, run_reference
-from lit_phi2.model.device import choose_dtype, disable_malloc_trim
+from lit_phi2.model.device import choose_dtype
 from lit_phi2.training.base import check_base, load_base
 from lit_phi2.utils.paths import run_dir_of
 
@@ -70,8 +70,7 @@ def run_and_release(
     checked = check_base(plan.base.name, plan.adapter.settings, ckpt_path)
     compute_dtype, reason = choose_dtype(dtype, device, checked.num_parameters)
     log.info("check: %d prompts, compute dtype %s: %s", len(prompts), str(compute_dtype).removeprefix("torch."), reason)
-    if device.type == "cpu":
-        disable_malloc_trim()
+    # disable_malloc_trim is not called: the memory must return to the system, for a runtime in another process.
     phi = load_base(checked, plan.adapter.settings, compute_dtype, dropout=0.0).to(device)
     reference = run_reference(phi, prompts, eos_token_id=int(plan.tokenizer.eos_token_id))
     del phi

@@ -185,6 +185,7 @@ class Trainer(FitTrainer):
         if check < 0:
             raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
         stop_request.message = STOPPED["export"]
+        ckpt_path = str(self.find(ckpt_path))
         folder = expand_user(output_dir, "--output_dir")
         adapter, base = read_adapter(Path(ckpt_path)), resolve_base_model(model.base)
         plan = plan_export(adapter, base, folder, format=format, dtype=dtype, source=f"--ckpt_path {ckpt_path}")
