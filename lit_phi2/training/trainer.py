@@ -184,6 +184,8 @@ class Trainer(FitTrainer):
         """
         if check < 0:
             raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
+        if not self.is_global_zero:  # of several processes, one writes
+            return
         stop_request.message = STOPPED["export"]
         ckpt_path = str(self.find(ckpt_path))
         folder = expand_user(output_dir, "--output_dir")
