@@ -17,9 +17,11 @@ from torch import Tensor
 from lit_phi2.adapters.adapter import Adapter
 from lit_phi2.adapters.peft_format import read_peft_folder
 from lit_phi2.errors import InputError
+from lit_phi2.export.imports import is_mlx_adapter, read_gguf_adapter, read_mlx_adapter
 from lit_phi2.model.lora import LoraSettings
 from lit_phi2.utils.files import tree_digest
 from lit_phi2.utils.json_objects import OBJECT, TEXT, TEXTS, check_values, integer
+from lit_phi2.utils.paths import GGUF_SUFFIX
 
 CHECKPOINT_FORMAT = 3  # raised when a key of checkpoint["lit_phi2"] changes its name or meaning
 
@@ -38,12 +40,14 @@ _STATE = {
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read the adapter in a checkpoint (.ckpt) or in a folder in PEFT form.
+    """Read the adapter in a checkpoint (.ckpt), in a folder in PEFT form, or in a GGUF or MLX export.
 
     Raises:
         InputError: there is no such file or folder, it is damaged, or the fused model cannot represent the adapter.
     """
-    return read_peft_folder(path) if path.is_dir() else read_checkpoint(path)[0]
+    if path.is_dir():
+        return read_mlx_adapter(path) if is_mlx_adapter(path) else read_peft_folder(path)
+    return read_gguf_adapter(path) if path.suffix == GGUF_SUFFIX else read_checkpoint(path)[0]
 
 
 def read_checkpoint(path: Path) -> tuple[Adapter, dict[str, Any]]:

@@ -44,7 +44,7 @@ from lit_phi2.utils.paths import expand_user, find_checkpoint
 log = logging.getLogger(__name__)
 
 TRAINER_KEYS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
-_NOT_SAVED = ("ckpt_path", "output", "output_dir", "config")
+_NOT_SAVED = ("ckpt_path", "output", "output_dir", "format", "dtype", "check", "config")
 
 
 class CLI(LightningCLI):

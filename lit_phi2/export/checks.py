@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_phi2.adapters.adapter import Adapter
 from lit_phi2.data.encode import tokenize
 from lit_phi2.errors import InputError
-from lit_phi2.export.commands import GGUF_ADAPTER_FILE, gguf_model_file
+from lit_phi2.export.commands import gguf_model_file
 from lit_phi2.export.gguf import write_gguf_model
 from lit_phi2.export.llama_cpp import LlamaCppError
 from lit_phi2.export.mlx import BASE_COPY
@@ -30,6 +30,7 @@ from lit_phi2.export.runtimes import (
     transformers_runtime,
 )
 from lit_phi2.export.weights import ModelWeights
+from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 
 _OPTIONAL_PACKAGES = {"gguf": "xllamacpp", "gguf-merged": "xllamacpp", "mlx": "mlx_lm"}
 

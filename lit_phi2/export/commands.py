@@ -4,10 +4,11 @@ import json
 import shlex
 
 from lit_phi2.data.prompts import format_prompt
+from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 
 INSTRUCTION = "Why was this claim denied?"
 GGUF_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}  # as llama.cpp calls them
-GGUF_ADAPTER_FILE, GGUF_BASE_FILE = "adapter.gguf", "base.gguf"
+GGUF_BASE_FILE = "base.gguf"
 
 
 def gguf_model_file(dtype: str) -> str:

@@ -26,7 +26,6 @@ from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts, model_card, public_name, versions
 from lit_phi2.export.checks import Check, Exported, check_exported
 from lit_phi2.export.commands import (
-    GGUF_ADAPTER_FILE,
     GGUF_BASE_FILE,
     GGUF_NAMES,
     base_gguf_help,
@@ -44,6 +43,7 @@ from lit_phi2.export.progress import write_progress
 from lit_phi2.export.template import ollama_template, stop_texts, template_fingerprint
 from lit_phi2.export.weights import ModelWeights
 from lit_phi2.pretrained import BaseModel, load_tokenizer
+from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +195,7 @@ def _describe(plan: ExportPlan, folder: Path, check: Check, facts: CardFacts) ->
         "fingerprints": fingerprints,
         "check": {"method": check.method, "summary": check.summary} | (asdict(check.parity) if check.parity else {}),
         "versions": versions(),
+        "files": sorted({path.name for path in folder.iterdir()} | {"README.md"}),
     }
     (folder / "README.md").write_text(card, "utf-8")
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")

@@ -129,7 +129,9 @@ def check_gguf_base(weights: ModelWeights, tokenizer: PreTrainedTokenizerBase, d
     elif dtype == "q8_0" and (width % _Q8_0_BLOCK or config.intermediate_size % _Q8_0_BLOCK):
         problem = f"q8_0 needs widths divisible by {_Q8_0_BLOCK}, and it is {width} and {config.intermediate_size} wide"
     if problem:
-        raise InputError(f"--format gguf: this base cannot run in llama.cpp: {problem}. Use --format peft or merged.")
+        raise InputError(
+            f"--format gguf and gguf-merged: this base cannot run in llama.cpp: {problem}. Use --format peft or merged."
+        )
 
 
 def import_gguf() -> Any:
@@ -141,7 +143,7 @@ def import_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise InputError("--format gguf: needs the package gguf. Install it: pip install gguf") from error
+        raise InputError("--format gguf and gguf-merged need the package gguf: pip install gguf") from error
     return gguf
 
 

@@ -37,7 +37,7 @@ def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
     nn.Module.to(model, dtype).to_empty(device="cpu")
     model.model.rotary_emb = PhiRotaryEmbedding(config)  # its frequencies are computed, not saved
     views = dict(_hf_parameter_views(model))
-    for name, weight in _iter_weights(base):
+    for name, weight in iter_weights(base):
         views[name].copy_(weight)
     check_unchanged(base.folder, base.files)
     return model.eval()
@@ -101,7 +101,7 @@ def _read_header(base: BaseModel, file: str) -> list[tuple[str, list[int], str]]
         raise _unreadable(base, file, error) from error
 
 
-def _iter_weights(base: BaseModel) -> Iterator[tuple[str, Tensor]]:
+def iter_weights(base: BaseModel) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint, one at a time, each mapped from its file until it is released."""
     for file in base.weight_files:
         for name, _, _ in _read_header(base, file):
