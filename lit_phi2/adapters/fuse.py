@@ -7,6 +7,8 @@
     of smaller rank than the largest      ->  A gets random rows, B gets columns of zeros
     scales differ, or no whole alpha      ->  the scale goes into B, and alpha = r
 
+Layers that have the names of Phi-2's original code get transformers' (`original_code.py`).
+
 Nothing is computed except B times its scale, so the update is the same to one rounding. q, k and v that share their A,
 as a fused layer's export does, keep their rank.
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from lit_phi2.adapters.lora_config import MAX_ALPHA, PeftSettings
 from lit_phi2.errors import InputError
 from lit_phi2.model.lora import QKV_PROJECTIONS, LoraSettings
+from lit_phi2.original_code import convert_name
 from lit_phi2.utils.paths import ADAPTER_CONFIG_FILE
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,9 @@ def fuse_adapter(
             target_modules does not name.
     """
     layers = [name.removesuffix(_LORA_A) for name in weights if name.endswith(_LORA_A)]
-    updates = {layer: _read_update(weights, layer, peft, source) for layer in layers}
+    updates = {_hf_layer(layer): _read_update(weights, layer, peft, source) for layer in layers}
+    if len(updates) < len(layers):
+        raise InputError(f"{source}: names a layer twice, as transformers and as Phi-2's original code name it.")
     paired = {layer + suffix for layer in layers for suffix in (_LORA_A, _LORA_B)}
     fused = _fuse_qkv(updates, peft, source)
     settings, fused = _equalize(fused, peft, source=source)
@@ -69,6 +74,11 @@ def fuse_adapter(
     for layer, update in fused.items():
         result |= {layer + _LORA_A: update.a, layer + _LORA_B: update.b}
     return settings, result
+
+
+def _hf_layer(layer: str) -> str:
+    """base_model.model.transformer.h.0.mixer.Wqkv, of the original code -> base_model.model.model.layers.0..."""
+    return _PREFIX + convert_name(layer.removeprefix(_PREFIX)) if layer.startswith(_PREFIX) else layer
 
 
 def _read_update(weights: Mapping[str, Tensor], layer: str, peft: PeftSettings, source: str) -> _Update:

@@ -80,7 +80,8 @@ class PeftSettings:
 
     def fused_targets(self) -> tuple[str, ...]:
         """[q_proj, k_proj, v_proj, fc1] -> (Wqkv, fc1), in this order; Wqkv too where only some of the three are."""
-        return tuple(dict.fromkeys("Wqkv" if name in QKV_PROJECTIONS else name for name in self.target_modules))
+        fused = {**dict.fromkeys(QKV_PROJECTIONS, "Wqkv"), "out_proj": "dense"}  # the original code's out_proj
+        return tuple(dict.fromkeys(fused.get(name, name) for name in self.target_modules))
 
 
 def read_peft_settings(config: Mapping[str, Any], *, source: str) -> PeftSettings:
@@ -114,7 +115,7 @@ def read_peft_settings(config: Mapping[str, Any], *, source: str) -> PeftSetting
 
 def _short_name(target: str) -> str:
     """mlp.fc1 -> fc1; the name of a layer of one block is left as it is, and refused later."""
-    return re.sub(r"^(self_attn|mlp)\.", "", target)
+    return re.sub(r"^(self_attn|mixer|mlp)\.", "", target)
 
 
 def _read_pattern(config: Mapping[str, Any], key: str, kind: Kind, source: str) -> dict[str, int]:
