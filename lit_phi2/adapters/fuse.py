@@ -6,6 +6,7 @@
 
     of smaller rank than the largest      ->  A gets random rows, B gets columns of zeros
     scales differ, or no whole alpha      ->  the scale goes into B, and alpha = r
+    use_rslora with all ranks equal       ->  kept
 
 Layers that have the names of Phi-2's original code get transformers' (`original_code.py`).
 
@@ -150,6 +151,9 @@ def _equalize(
     rank, scales = max(ranks), {update.scale for update in updates.values()} or {peft.scale("")}
     if rank > _MAX_PADDING * min(ranks):
         raise InputError(f"{source}: has ranks from {min(ranks)} to {rank}; the largest may be {_MAX_PADDING} times.")
+    kept = LoraSettings(rank, peft.lora_alpha, peft.fused_targets(), use_rslora=True)
+    if peft.use_rslora and {rank} == set(ranks) and {Fraction(kept.scale)} == scales:
+        return kept, updates
     alpha = rank * min(scales)
     if len(scales) > 1 or alpha.denominator != 1 or not 1 <= alpha <= MAX_ALPHA:
         updates, alpha = {layer: _scaled(update) for layer, update in updates.items()}, Fraction(rank)

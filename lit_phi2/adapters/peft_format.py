@@ -49,6 +49,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         r=adapter.settings.lora_r,
         lora_alpha=adapter.settings.lora_alpha,
         target_modules=targets,
+        use_rslora=adapter.settings.use_rslora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=adapter.base["base"],
         inference_mode=True,

@@ -1,6 +1,6 @@
 """MLX: the adapter as mlx-lm reads it.
 
-    q_proj  A (r, in), B (out, r)  ->  self_attn.q_proj.lora_a (in, r), .lora_b (r, out), scale = alpha / r
+    q_proj  A (r, in), B (out, r)  ->  self_attn.q_proj.lora_a (in, r), .lora_b (r, out), and the scale
 
 mlx-lm reads a base's rope settings at the top level of its config.json, and takes Phi-2's own where there are none.
 transformers 5 nests them, so a base with other values would be computed wrong without a message. For such a base a copy

@@ -43,7 +43,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
         10,
     ),
     "rank-stabilised": ({"target_modules": [*QKV, "fc1"], "use_rslora": True}, 12, 48),
-    "rank-stabilised, odd": ({"target_modules": ["q_proj", "fc1"], "use_rslora": True, "r": 3, "lora_alpha": 5}, 3, 3),
+    "rank-stabilised, odd": ({"target_modules": ["q_proj", "fc1"], "use_rslora": True, "r": 3, "lora_alpha": 5}, 3, 5),
     "all at once": (
         {
             "target_modules": ["v_proj", "q_proj", "dense", "fc2"],
