@@ -201,13 +201,17 @@ def test_an_export_of_the_original_base_has_transformers_names(original: Origina
 
 
 @pytest.mark.parametrize("format", ["peft", "merged"])
-def test_an_export_on_the_original_base_is_run(format: str, original_dir: Path, tmp_path: Path) -> None:
-    """In transformers, which knows the base by converted names only."""
+def test_an_export_on_the_original_base_is_run(
+    format: str, original_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In transformers, which knows the base by converted names only; the log gives the command that converts it."""
+    caplog.set_level(logging.INFO, "lit_phi2")
     base = resolve_base_model(str(original_dir))
     adapter = random_adapter(base, LoraSettings(2, 4, ("Wqkv", "fc2")))
     plan = plan_export(adapter, base, tmp_path / "out", format=format, dtype="float32", source="adapter")
     check = export(plan, reference_of(base, adapter, 2, max_tokens=8), CardFacts())
     assert check.method == "runtime"
+    assert ("names of Phi-2's original code, which this runtime does not read" in caplog.text) == (format == "peft")
 
 
 @pytest.mark.parametrize("key", ["n_embd", "n_layer", "n_head", "n_positions", "rotary_dim", "activation_function"])

@@ -150,7 +150,9 @@ def _equalize(
     ranks = [len(update.a) for update in updates.values()] or [peft.r]
     rank, scales = max(ranks), {update.scale for update in updates.values()} or {peft.scale("")}
     if rank > _MAX_PADDING * min(ranks):
-        raise InputError(f"{source}: has ranks from {min(ranks)} to {rank}; the largest may be {_MAX_PADDING} times.")
+        raise InputError(
+            f"{source}: has ranks from {min(ranks)} to {rank}; the largest may be {_MAX_PADDING} times the smallest."
+        )
     kept = LoraSettings(rank, peft.lora_alpha, peft.fused_targets(), use_rslora=True)
     if peft.use_rslora and {rank} == set(ranks) and {Fraction(kept.scale)} == scales:
         return kept, updates

@@ -161,3 +161,10 @@ def test_a_damaged_adapter_is_refused(
     save_file(weights, file)
     with pytest.raises(InputError, match=message):
         read_adapter(tmp_path)
+
+
+def test_a_small_file_cannot_make_its_reader_pad_without_end(phi_dir: Path, tmp_path: Path) -> None:
+    """One layer of rank 600 beside others of rank 1 would make each of those 600 times as large."""
+    peft_adapter(phi_dir, tmp_path, target_modules=["fc1", "fc2"], r=1, rank_pattern={"0.mlp.fc1": 600})
+    with pytest.raises(InputError, match=r"has ranks from 1 to 600; the largest may be 256 times the smallest"):
+        read_adapter(tmp_path)
