@@ -175,6 +175,7 @@ class CLI(LightningCLI):
             "lora_r": adapter.settings.lora_r,
             "lora_alpha": adapter.settings.lora_alpha,
             "target_modules": list(adapter.settings.target_modules),
+            "use_rslora": adapter.settings.use_rslora,
         }
         for key, value in settings.items():
             if config[key] != value:

@@ -4,7 +4,7 @@
     mlp.fc1                          ->  ffn_up              mlp.fc2          ->  ffn_down
 
 An adapter's tensors are .weight.lora_a (r, in) and .weight.lora_b (out, r), float32. llama.cpp multiplies B A by
-adapter.lora.alpha / r: alpha / r is multiplied into B, and r is written as alpha. That is exact where alpha / r is a
+adapter.lora.alpha / r: the scale is multiplied into B, and r is written as alpha. That is exact where the scale is a
 power of two. q, k and v are apart in both: llama.cpp crashes when it loads an adapter for them on a base with one
 attn_qkv.
 

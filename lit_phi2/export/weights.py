@@ -1,6 +1,6 @@
 """Weights: the tensors of a base one at a time, each with the adapter's update merged into it in float32.
 
-    W (out, in) as saved, A (r, in), B (out, r)  ->  W + (alpha / r) B A, float32      layers with an adapter
+    W (out, in) as saved, A (r, in), B (out, r)  ->  W + scale B A, float32            layers with an adapter
     W as saved                                   ->  W as saved                         everything else
 
 Names are those of transformers' Phi, where q, k and v are apart. Nothing is rounded here: who writes a tensor rounds it
