@@ -2,6 +2,8 @@
 
     config.json -> values that a Phi has, each of its kind and in its range -> PhiConfig
 
+The config of Phi-2's original code, which has other keys, is converted first (`original_code.py`).
+
 Only the keys that Phi's computation reads are kept. transformers sets every other key as an attribute of its config,
 and some of these choose code (an attention kernel from the hub) or generation settings.
 """
@@ -10,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_phi2.errors import InputError
+from lit_phi2.original_code import ORIGINAL_KEYS, convert_config, is_original_config
 from lit_phi2.utils.json_objects import (
     OBJECT,
+    TEXT,
     Kind,
     check_values,
     integer,
@@ -47,6 +51,14 @@ _OPTIONAL = {
     "qk_layernorm": one_of(False),
     "tie_word_embeddings": one_of(False),
 }
+_ORIGINAL = {
+    **{key: nullable((_SIZES | _OPTIONAL).get(hf_key, TEXT)) for key, hf_key in ORIGINAL_KEYS.items()},
+    **{key: _SIZES[ORIGINAL_KEYS[key]] for key in ("n_embd", "n_layer", "n_head", "n_positions")},
+    "vocab_size": _SIZES["vocab_size"],
+    "rotary_dim": nullable(integer(1, 2**17)),
+    "pad_vocab_size_multiple": nullable(integer(1, 2**12)),
+}
+_ORIGINAL_REQUIRED = ("n_embd", "n_layer", "n_head", "n_positions", "vocab_size")
 _ROPE_FORMS = {"rope_parameters": nullable(OBJECT), "rope_scaling": nullable(OBJECT)}
 # Of the other types the frequencies depend on the length of the longest example in a batch, or on more settings.
 _ROPE = {
@@ -65,6 +77,9 @@ def read_base_config(folder: Path) -> dict[str, Any]:
     """
     source = f"model.base: {folder / CONFIG_FILE}"
     config = read_json_object(folder / CONFIG_FILE, setting="model.base")
+    if is_original_config(config):
+        check_values(config, _ORIGINAL, source=source, required=_ORIGINAL_REQUIRED)
+        config = convert_config(config)
     if config.get("model_type") != "phi":
         raise InputError(f"{source}: model_type is {config.get('model_type')!r}; expected 'phi', as Phi-2 is.")
     kinds = _SIZES | _OPTIONAL | {"hidden_act": _activation()}

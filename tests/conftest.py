@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
 
+from lit_phi2.export.runtimes import is_installed
 from lit_phi2.pretrained import TINY_PHI_DIR, BaseModel, resolve_base_model
 
 WORDS = ["claim", "denied", "appeal", "letter", "plan", "review", "records", "date", "service", "coverage"]
@@ -16,12 +17,16 @@ WORDS += ["notice", "send"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Report tests for an absent device as not run, and begin with the slow tests, so that workers end together."""
+    """Report tests without their device or runtime as not run, and begin with the slow ones: workers end together."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     for item in items:
         for device, is_present in present.items():
             if device in item.keywords and not is_present:
                 item.add_marker(pytest.mark.skip(reason=f"not run: no {device} device here"))
+    missing = [package for package in ("gguf", "xllamacpp", "mlx_lm") if not is_installed(package)]
+    for item in items:
+        if missing and "runtimes" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=f"not run: {', '.join(missing)} not installed here"))
     # xdist gives each of two workers one half, in order: half of the slow files go to the front of each half.
     slow = [item for item in items if "slow" in item.keywords]
     quick = [item for item in items if "slow" not in item.keywords]

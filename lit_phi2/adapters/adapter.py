@@ -32,7 +32,7 @@ class Adapter:
 
     Attributes:
         weights: float32, by PEFT's names, with Wqkv fused.
-        settings: rank, alpha and targets.
+        settings: rank, alpha, targets and kind of scale.
         base: base, base_revision and base_digest; the digest is empty where it is unknown.
         template_version: of the prompts it was trained on; 0 where it is unknown.
     """
@@ -60,7 +60,7 @@ def check_adapter(adapter: Adapter, settings: LoraSettings, base: BaseModel, *, 
         InputError: names the first difference, with both values.
     """
     check_same_base(adapter, base, source=source)
-    for name in ("lora_r", "lora_alpha", "target_modules"):
+    for name in ("lora_r", "lora_alpha", "use_rslora", "target_modules"):
         value, expected = getattr(adapter.settings, name), getattr(settings, name)
         if value != expected and (name != "target_modules" or set(value) != set(expected)):
             raise InputError(f"{source}: has {name} {value}, but model.{name} is {expected}; make them equal.")

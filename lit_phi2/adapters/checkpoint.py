@@ -17,9 +17,11 @@ from torch import Tensor
 from lit_phi2.adapters.adapter import Adapter
 from lit_phi2.adapters.peft_format import read_peft_folder
 from lit_phi2.errors import InputError
+from lit_phi2.export.imports import is_mlx_adapter, read_gguf_adapter, read_mlx_adapter
 from lit_phi2.model.lora import LoraSettings
 from lit_phi2.utils.files import tree_digest
-from lit_phi2.utils.json_objects import OBJECT, TEXT, TEXTS, check_values, integer
+from lit_phi2.utils.json_objects import OBJECT, TEXT, TEXTS, check_values, integer, one_of
+from lit_phi2.utils.paths import GGUF_SUFFIX
 
 CHECKPOINT_FORMAT = 3  # raised when a key of checkpoint["lit_phi2"] changes its name or meaning
 
@@ -30,6 +32,7 @@ _STATE = {
     "lora_r": integer(1, 2**31 - 1),
     "lora_alpha": integer(1, 2**31 - 1),
     "target_modules": TEXTS,
+    "use_rslora": one_of(True, False),
     "template_version": integer(0, 2**31 - 1),
     "run": OBJECT,
     "environment": OBJECT,
@@ -38,12 +41,14 @@ _STATE = {
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read the adapter in a checkpoint (.ckpt) or in a folder in PEFT form.
+    """Read the adapter in a checkpoint (.ckpt), in a folder in PEFT form, or in a GGUF or MLX export.
 
     Raises:
         InputError: there is no such file or folder, it is damaged, or the fused model cannot represent the adapter.
     """
-    return read_peft_folder(path) if path.is_dir() else read_checkpoint(path)[0]
+    if path.is_dir():
+        return read_mlx_adapter(path) if is_mlx_adapter(path) else read_peft_folder(path)
+    return read_gguf_adapter(path) if path.suffix == GGUF_SUFFIX else read_checkpoint(path)[0]
 
 
 def read_checkpoint(path: Path) -> tuple[Adapter, dict[str, Any]]:
@@ -86,7 +91,7 @@ def check_checkpoint(checkpoint: dict[str, Any], *, source: str) -> Adapter:
             f"{CHECKPOINT_FORMAT}. Train again, or remove lit_phi2.json from the run's adapter folder and start from "
             "that with --model.adapter."
         )
-    check_values(state, _STATE, source=source, required=_STATE)
+    check_values(state, _STATE, source=source, required=_STATE.keys() - {"use_rslora"})  # once there was none
     return adapter_from_state(state, weights)
 
 
@@ -98,6 +103,7 @@ def adapter_to_state(adapter: Adapter) -> dict[str, Any]:
         "lora_r": adapter.settings.lora_r,
         "lora_alpha": adapter.settings.lora_alpha,
         "target_modules": list(adapter.settings.target_modules),
+        "use_rslora": adapter.settings.use_rslora,
         "template_version": adapter.template_version,
     }
 
@@ -106,7 +112,9 @@ def adapter_from_state(state: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     """The inverse of adapter_to_state."""
     return Adapter(
         weights=dict(weights),
-        settings=LoraSettings(state["lora_r"], state["lora_alpha"], tuple(state["target_modules"])),
+        settings=LoraSettings(
+            state["lora_r"], state["lora_alpha"], tuple(state["target_modules"]), state.get("use_rslora", False)
+        ),
         base={key: state[key] for key in ("base", "base_revision", "base_digest")},
         template_version=state["template_version"],
     )

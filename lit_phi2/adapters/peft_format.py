@@ -3,8 +3,8 @@
     Wqkv.lora_A (r, D)    ->  q_proj.lora_A = k_proj.lora_A = v_proj.lora_A (r, D)
     Wqkv.lora_B (3 D, r)  ->  q_proj.lora_B | k_proj.lora_B | v_proj.lora_B, each (D, r)
 
-A is shared and the rows of B are split, which is exact in both directions. An adapter whose q, k and v have different A
-does not fit a fused layer of its rank and is refused.
+A is shared and the rows of B are split, which is exact in both directions. What another tool trained, with an A of its
+own for q, k and v, becomes LoRA of the fused layer in `fuse.py`.
 """
 
 import json
@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lit_phi2.adapters.adapter import Adapter
-from lit_phi2.adapters.lora_config import hf_targets, read_lora_settings
+from lit_phi2.adapters.fuse import fuse_adapter
+from lit_phi2.adapters.lora_config import hf_targets, read_peft_settings
 from lit_phi2.errors import InputError
 from lit_phi2.model.lora import QKV_PROJECTIONS
 from lit_phi2.utils.files import atomic_write, tree_digest
@@ -48,6 +49,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         r=adapter.settings.lora_r,
         lora_alpha=adapter.settings.lora_alpha,
         target_modules=targets,
+        use_rslora=adapter.settings.use_rslora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=adapter.base["base"],
         inference_mode=True,
@@ -81,9 +83,11 @@ def read_peft_folder(folder: Path) -> Adapter:
         ) from error
     if metadata:
         _check_digest(folder, _folder_digest(weights, config, metadata), metadata["digest"])
+    peft = read_peft_settings(config, source=str(config_file))
+    settings, fused_weights = fuse_adapter(weights, peft, source=str(folder))
     return Adapter(
-        weights=merge_qkv(weights, source=str(folder)),
-        settings=read_lora_settings(config, source=str(config_file)),
+        weights=fused_weights,
+        settings=settings,
         base={
             "base": metadata.get("base", config.get("base_model_name_or_path") or ""),
             "base_revision": metadata.get("base_revision", ""),

@@ -44,7 +44,7 @@ from lit_phi2.utils.paths import expand_user, find_checkpoint
 log = logging.getLogger(__name__)
 
 TRAINER_KEYS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
-_NOT_SAVED = ("ckpt_path", "output", "output_dir", "config")
+_NOT_SAVED = ("ckpt_path", "output", "output_dir", "format", "dtype", "check", "config")
 
 
 class CLI(LightningCLI):
@@ -175,6 +175,7 @@ class CLI(LightningCLI):
             "lora_r": adapter.settings.lora_r,
             "lora_alpha": adapter.settings.lora_alpha,
             "target_modules": list(adapter.settings.target_modules),
+            "use_rslora": adapter.settings.use_rslora,
         }
         for key, value in settings.items():
             if config[key] != value:

@@ -161,8 +161,9 @@ def _settings(adapter: Adapter | None, config: Mapping[str, Any]) -> str:
     lines = []
     if adapter is not None:
         settings = adapter.settings
+        kind = "Rank-stabilised LoRA" if settings.use_rslora else "LoRA"
         lines.append(
-            f"LoRA of rank {settings.lora_r}, alpha {settings.lora_alpha}, on {', '.join(settings.target_modules)}."
+            f"{kind} of rank {settings.lora_r}, alpha {settings.lora_alpha}, on {', '.join(settings.target_modules)}."
         )
     if config:
         shown = yaml.safe_dump(shorten_path(config), sort_keys=False, allow_unicode=True)

@@ -13,11 +13,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.adapters.adapter import Adapter
+from lit_phi2.base_config import CONFIG_FILE
 from lit_phi2.data.encode import tokenize
 from lit_phi2.errors import InputError
-from lit_phi2.export.commands import GGUF_ADAPTER_FILE, gguf_model_file
+from lit_phi2.export.commands import gguf_model_file
 from lit_phi2.export.gguf import write_gguf_model
 from lit_phi2.export.llama_cpp import LlamaCppError
+from lit_phi2.export.merged import write_merged
 from lit_phi2.export.mlx import BASE_COPY
 from lit_phi2.export.parity import Parity, Reference, Runtime, check_parity, coarsest, compare
 from lit_phi2.export.read_back import read_back
@@ -30,6 +32,9 @@ from lit_phi2.export.runtimes import (
     transformers_runtime,
 )
 from lit_phi2.export.weights import ModelWeights
+from lit_phi2.original_code import is_original_config
+from lit_phi2.utils.json_objects import read_json_object
+from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 
 _OPTIONAL_PACKAGES = {"gguf": "xllamacpp", "gguf-merged": "xllamacpp", "mlx": "mlx_lm"}
 
@@ -110,6 +115,9 @@ def check_exported(exported: Exported, reference: Reference | None) -> Check:
 def _runtime(stack: ExitStack, exported: Exported, reference: Reference) -> AbstractContextManager[Runtime]:
     folder, base_folder = exported.folder, exported.base.base.folder
     if exported.format == "peft":
+        if is_original_config(read_json_object(base_folder / CONFIG_FILE)):  # transformers does not know its names
+            base_folder = _temporary_folder(stack, folder)
+            write_merged(exported.base, exported.tokenizer, base_folder, dtype=None)
         return peft_runtime(base_folder, folder, reference)
     if exported.format == "merged":
         return transformers_runtime(folder, exported.dtype, reference)
@@ -119,9 +127,14 @@ def _runtime(stack: ExitStack, exported: Exported, reference: Reference) -> Abst
         copy = folder / BASE_COPY
         return mlx_runtime(copy if copy.is_dir() else base_folder, folder, reference)
     # The adapter's base as GGUF, on the disk of the export, for as long as the check takes.
-    temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-base-")))
+    temporary = _temporary_folder(stack, folder)
     write_gguf_model(exported.base, exported.tokenizer, temporary / "base.gguf", reference.dtype)
     return llama_cpp_runtime(temporary / "base.gguf", folder / GGUF_ADAPTER_FILE, reference)
+
+
+def _temporary_folder(stack: ExitStack, folder: Path) -> Path:
+    """A folder beside the export that is removed with the stack."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-base-")))
 
 
 def _check_tokenizer(runtime: Runtime, tokenizer: PreTrainedTokenizerBase, reference: Reference) -> None:

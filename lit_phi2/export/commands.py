@@ -4,10 +4,12 @@ import json
 import shlex
 
 from lit_phi2.data.prompts import format_prompt
+from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 
 INSTRUCTION = "Why was this claim denied?"
 GGUF_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}  # as llama.cpp calls them
-GGUF_ADAPTER_FILE, GGUF_BASE_FILE = "adapter.gguf", "base.gguf"
+CONVERTED_BASE = "phi-2-converted"
+GGUF_BASE_FILE = "base.gguf"
 
 
 def gguf_model_file(dtype: str) -> str:
@@ -61,6 +63,15 @@ def base_gguf_help(base: str) -> str:
         f"An adapter needs its base as GGUF, with attn_q, attn_k and attn_v apart ({GGUF_BASE_FILE} here):\n"
         f"    python convert_hf_to_gguf.py {shlex.quote(base)} --outtype f16 --outfile {GGUF_BASE_FILE}\n"
         "An older file of Phi-2 may have one attn_qkv instead; llama.cpp crashes when it loads this adapter on that."
+    )
+
+
+def converted_base_help(base: str, dtype: str) -> str:
+    """How to get a base of Phi-2's original code in the form that the load command needs."""
+    return (
+        "The base has the names of Phi-2's original code, which this runtime does not read. First convert it:\n"
+        f"    python -m lit_phi2 export --model.base {shlex.quote(base)} --format merged --dtype {dtype} "
+        f"--output_dir {CONVERTED_BASE}"
     )
 
 

@@ -21,15 +21,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.adapters.adapter import Adapter, check_adapter, with_base_name
 from lit_phi2.adapters.peft_format import save_adapter
+from lit_phi2.base_config import CONFIG_FILE
 from lit_phi2.base_digest import check_unchanged
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts, model_card, public_name, versions
 from lit_phi2.export.checks import Check, Exported, check_exported
 from lit_phi2.export.commands import (
-    GGUF_ADAPTER_FILE,
+    CONVERTED_BASE,
     GGUF_BASE_FILE,
     GGUF_NAMES,
     base_gguf_help,
+    converted_base_help,
     gguf_model_file,
     load_command,
     quantize_help,
@@ -43,7 +45,10 @@ from lit_phi2.export.parity import Reference
 from lit_phi2.export.progress import write_progress
 from lit_phi2.export.template import ollama_template, stop_texts, template_fingerprint
 from lit_phi2.export.weights import ModelWeights
+from lit_phi2.original_code import is_original_config
 from lit_phi2.pretrained import BaseModel, load_tokenizer
+from lit_phi2.utils.json_objects import read_json_object
+from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +143,9 @@ def export(plan: ExportPlan, reference: Reference | None, facts: CardFacts) -> C
         check = check_exported(exported, reference)
         _describe(plan, folder, check, facts)
     log.info("%s", check.summary)
+    if _needs_converted_base(plan):
+        saved_dtype = str(plan.weights.saved_dtype).removeprefix("torch.")
+        log.info("%s", converted_base_help(str(plan.base.folder), saved_dtype))
     if plan.format == "gguf":
         log.info("%s", base_gguf_help(_base_path(plan)))
     if plan.format == "gguf-merged":
@@ -195,6 +203,7 @@ def _describe(plan: ExportPlan, folder: Path, check: Check, facts: CardFacts) ->
         "fingerprints": fingerprints,
         "check": {"method": check.method, "summary": check.summary} | (asdict(check.parity) if check.parity else {}),
         "versions": versions(),
+        "files": sorted({path.name for path in folder.iterdir()} | {"README.md"}),
     }
     (folder / "README.md").write_text(card, "utf-8")
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
@@ -206,8 +215,15 @@ def _command(plan: ExportPlan, folder: str, *, public: bool = False) -> str:
     return load_command(plan.format, plan.dtype, base, folder, has_template=has_copy)
 
 
+def _needs_converted_base(plan: ExportPlan) -> bool:
+    """Whether the runtime loads the base itself and does not know the names of Phi-2's original code."""
+    return plan.format in ("peft", "gguf") and is_original_config(read_json_object(plan.base.folder / CONFIG_FILE))
+
+
 def _base_path(plan: ExportPlan, *, public: bool = False) -> str:
     """What a runtime finds the base by: its hub id, or its folder."""
+    if _needs_converted_base(plan):
+        return CONVERTED_BASE
     if public:
         return public_name(plan.base)
     return plan.base.name if plan.base.revision else str(plan.base.folder)

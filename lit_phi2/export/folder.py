@@ -6,32 +6,53 @@ A kill or a full disk leaves DIR as it was. What a killed export leaves of .DIR.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lit_phi2.base_digest import DIGESTS_FILE
 from lit_phi2.errors import InputError
+from lit_phi2.utils.files import flush
+from lit_phi2.utils.json_objects import read_json_object
 from lit_phi2.utils.locks import file_lock
 
 REPORT_FILE = "export.json"
-_EARLIER_EXPORTS = (REPORT_FILE, "adapter_config.json")  # one of them is in every folder that an export wrote
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json", "lit_phi2.json")  # of `fit`, which writes no report
 
 
 def check_output_dir(folder: Path) -> None:
     """Refuse a folder with files that no export wrote, since an export replaces the whole folder.
+
+    export.json lists what an export wrote: a base.gguf of 5 GB that somebody put beside the adapter is not among it.
 
     Raises:
         InputError: it is a file, or holds other files.
     """
     if folder.is_file():
         raise InputError(f"--output_dir {folder}: is a file; expected a folder, which may be new.")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in _EARLIER_EXPORTS):
+    if not folder.is_dir():
+        return
+    written = _written_files(folder)
+    foreign = [name for name in sorted(path.name for path in folder.iterdir()) if not _is_ours(name, written)]
+    if foreign:
         raise InputError(
-            f"--output_dir {folder}: holds files that no export wrote, and an export replaces the whole folder. Give a "
-            "new folder."
+            f"--output_dir {folder}: holds files that no export wrote, such as {foreign[0]}, and an export replaces "
+            "the whole folder. Give a new folder, or move them."
         )
+
+
+def _written_files(folder: Path) -> set[str]:
+    """What an export wrote into a folder, as it says itself."""
+    if not (folder / REPORT_FILE).is_file():
+        return set(_PEFT_FILES) if (folder / _PEFT_FILES[1]).is_file() else set()
+    files = read_json_object(folder / REPORT_FILE).get("files")
+    return {REPORT_FILE, *(name for name in files if isinstance(name, str))} if isinstance(files, list) else set()
+
+
+def _is_ours(name: str, written: set[str]) -> bool:
+    """Whether a file was written by an export, or is a lock or the digests that lit_phi2 keeps beside weights."""
+    return name in written or name == DIGESTS_FILE or name.endswith(".lock")
 
 
 @contextlib.contextmanager
@@ -57,7 +78,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             if folder.is_dir():
                 folder.rename(old)
             new.rename(folder)
-            _flush(folder.parent)
+            flush(folder.parent)
         finally:
             for leftover in (new, old):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -67,17 +88,5 @@ def flush_tree(folder: Path) -> None:
     """Write every file of a folder, and the folder itself, to disk."""
     for path, _, files in os.walk(folder):
         for name in files:
-            _flush(Path(path, name))
-        _flush(Path(path))
-
-
-def _flush(path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:  # Windows opens no folder, and some file systems flush none
-        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
+            flush(Path(path, name))
+        flush(Path(path))

@@ -4,7 +4,7 @@
     mlp.fc1                          ->  ffn_up              mlp.fc2          ->  ffn_down
 
 An adapter's tensors are .weight.lora_a (r, in) and .weight.lora_b (out, r), float32. llama.cpp multiplies B A by
-adapter.lora.alpha / r: alpha / r is multiplied into B, and r is written as alpha. That is exact where alpha / r is a
+adapter.lora.alpha / r: the scale is multiplied into B, and r is written as alpha. That is exact where the scale is a
 power of two. q, k and v are apart in both: llama.cpp crashes when it loads an adapter for them on a base with one
 attn_qkv.
 
@@ -129,7 +129,9 @@ def check_gguf_base(weights: ModelWeights, tokenizer: PreTrainedTokenizerBase, d
     elif dtype == "q8_0" and (width % _Q8_0_BLOCK or config.intermediate_size % _Q8_0_BLOCK):
         problem = f"q8_0 needs widths divisible by {_Q8_0_BLOCK}, and it is {width} and {config.intermediate_size} wide"
     if problem:
-        raise InputError(f"--format gguf: this base cannot run in llama.cpp: {problem}. Use --format peft or merged.")
+        raise InputError(
+            f"--format gguf and gguf-merged: this base cannot run in llama.cpp: {problem}. Use --format peft or merged."
+        )
 
 
 def import_gguf() -> Any:
@@ -141,7 +143,7 @@ def import_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise InputError("--format gguf: needs the package gguf. Install it: pip install gguf") from error
+        raise InputError("--format gguf and gguf-merged need the package gguf: pip install gguf") from error
     return gguf
 
 

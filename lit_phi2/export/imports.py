@@ -3,7 +3,7 @@
     adapter.gguf                                   ->  Adapter
     adapters.safetensors and adapter_config.json   ->  Adapter
 
-Equal to the exported adapter bit for bit; in GGUF where alpha / rank is a power of two, elsewhere to one rounding of B.
+Equal to the exported adapter bit for bit; in GGUF where the scale is a power of two, elsewhere to one rounding of B.
 """
 
 import json

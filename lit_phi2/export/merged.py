@@ -5,7 +5,7 @@
     tokenizer*.json           the base's, with our template as chat_template
     model-0000N-of-0000M.safetensors and their index
 
-Each adapted weight is W + (alpha / r) B A in float32, rounded once to the dtype of the file. Tensors are read, merged
+Each adapted weight is W + scale B A in float32, rounded once to the dtype of the file. Tensors are read, merged
 and written one at a time, so one is in memory.
 """
 

@@ -1,6 +1,6 @@
 """Metadata: what an exported adapter says about itself, so that it can be imported again.
 
-    Adapter  ->  base, base_revision, base_digest, lora_r, lora_alpha, target_modules, template_version, weights_digest
+    Adapter  ->  base, base_revision, base_digest, lora_r, lora_alpha, target_modules, use_rslora, ...
 
 It is one JSON object: a key of a GGUF file, and a key of an MLX adapter's config.
 """
@@ -16,7 +16,7 @@ from lit_phi2.adapters.peft_format import merge_qkv, split_qkv
 from lit_phi2.errors import InputError
 from lit_phi2.model.lora import LoraSettings
 from lit_phi2.utils.files import tree_digest
-from lit_phi2.utils.json_objects import TEXT, TEXTS, check_values, describe, integer
+from lit_phi2.utils.json_objects import TEXT, TEXTS, check_values, describe, integer, one_of
 
 _BASE_KEYS = ("base", "base_revision", "base_digest")
 _POSITIVE = integer(1, 2**31 - 1)
@@ -25,6 +25,7 @@ _METADATA = {
     "lora_r": _POSITIVE,
     "lora_alpha": _POSITIVE,
     "target_modules": TEXTS,
+    "use_rslora": one_of(True, False),
     "template_version": integer(0, 2**31 - 1),
     "num_layers": _POSITIVE,
     "weights_digest": TEXT,
@@ -32,8 +33,8 @@ _METADATA = {
 
 
 def lora_scale(settings: LoraSettings) -> float:
-    """What B A is multiplied by (Hu et al. 2021, arXiv:2106.09685, sec. 4.1)."""
-    return settings.lora_alpha / settings.lora_r
+    """What B A is multiplied by; alpha / rank, or alpha / sqrt(rank) with use_rslora."""
+    return settings.scale
 
 
 def adapter_digest(adapter: Adapter) -> str:
@@ -49,6 +50,7 @@ def adapter_metadata(adapter: Adapter, num_layers: int) -> dict[str, Any]:
         "lora_r": settings.lora_r,
         "lora_alpha": settings.lora_alpha,
         "target_modules": list(settings.target_modules),
+        "use_rslora": settings.use_rslora,
         "template_version": adapter.template_version,
         "num_layers": num_layers,
         "weights_digest": adapter_digest(adapter),
@@ -63,20 +65,21 @@ def check_metadata(values: Any, *, source: str) -> dict[str, Any]:
     """
     if not isinstance(values, dict):
         raise InputError(f"{source}: its lit_phi2 metadata is {describe(values)}; expected an object.")
-    check_values(values, _METADATA, source=f"{source}: lit_phi2 metadata", required=_METADATA)
+    check_values(values, _METADATA, source=f"{source}: lit_phi2 metadata", required=_METADATA.keys() - {"use_rslora"})
     return values
 
 
 def settings_from_metadata(metadata: Mapping[str, Any]) -> LoraSettings:
     """The settings in checked metadata."""
-    return LoraSettings(metadata["lora_r"], metadata["lora_alpha"], tuple(metadata["target_modules"]))
+    targets = tuple(metadata["target_modules"])
+    return LoraSettings(metadata["lora_r"], metadata["lora_alpha"], targets, metadata.get("use_rslora", False))
 
 
 def adapter_from_metadata(metadata: Mapping[str, Any], hf_weights: Mapping[str, Tensor], *, source: str) -> Adapter:
     """The adapter of checked metadata and its weights by PEFT's names, with q, k and v apart.
 
     Raises:
-        InputError: the weights are not those that were exported. Where alpha / rank is no power of two, a GGUF file
+        InputError: the weights are not those that were exported. Where the scale is no power of two, a GGUF file
             holds them rounded, and their digest tells nothing.
     """
     settings = settings_from_metadata(metadata)

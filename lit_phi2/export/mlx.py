@@ -1,6 +1,6 @@
 """MLX: the adapter as mlx-lm reads it.
 
-    q_proj  A (r, in), B (out, r)  ->  self_attn.q_proj.lora_a (in, r), .lora_b (r, out), scale = alpha / r
+    q_proj  A (r, in), B (out, r)  ->  self_attn.q_proj.lora_a (in, r), .lora_b (r, out), and the scale
 
 mlx-lm reads a base's rope settings at the top level of its config.json, and takes Phi-2's own where there are none.
 transformers 5 nests them, so a base with other values would be computed wrong without a message. For such a base a copy
@@ -20,6 +20,7 @@ from lit_phi2.export.imports import MLX_CONFIG_FILE, MLX_KEY, MLX_WEIGHTS_FILE
 from lit_phi2.export.merged import write_merged
 from lit_phi2.export.metadata import adapter_metadata, lora_scale
 from lit_phi2.export.weights import ModelWeights, lora_pairs
+from lit_phi2.original_code import is_original_config
 from lit_phi2.pretrained import BaseModel
 from lit_phi2.utils.json_objects import read_json_object
 
@@ -68,10 +69,14 @@ def write_base_copy(base: BaseModel, tokenizer: PreTrainedTokenizerBase, folder:
 
 
 def needs_base_copy(weights: ModelWeights) -> bool:
-    """Whether mlx-lm would miss the base's weights, or read other rope settings than transformers does."""
+    """Whether mlx-lm would not find the base's weights, or would read other rope settings than transformers does."""
     config, rope = read_json_object(weights.base.folder / CONFIG_FILE), weights.rope
     is_found = all(name.startswith("model") for name in weights.base.weight_files)
-    return not is_found or any(config.get(key, default) != rope[key] for key, default in _MLX_DEFAULTS.items())
+    return (
+        not is_found
+        or is_original_config(config)
+        or any(config.get(key, default) != rope[key] for key, default in _MLX_DEFAULTS.items())
+    )
 
 
 def check_mlx_base(weights: ModelWeights) -> None:

@@ -16,18 +16,20 @@ from torch import Tensor
 from lit_phi2.adapters.adapter import Adapter
 from lit_phi2.adapters.peft_format import read_peft_folder
 from lit_phi2.errors import InputError
-from lit_phi2.export.commands import GGUF_ADAPTER_FILE, gguf_model_file
+from lit_phi2.export.commands import gguf_model_file
 from lit_phi2.export.gguf_reader import read_gguf
 from lit_phi2.export.imports import read_gguf_adapter, read_mlx_adapter
 from lit_phi2.export.merged import shard_names
 from lit_phi2.export.names import gguf_name
 from lit_phi2.export.weights import ModelWeights, lora_pairs
+from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 
 # Half a unit in the last place, relative to the value; of q8_0 to the largest of its 32 values, whose scale is float16.
 _ROUNDING = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "q8_0": 0.5 / 127 + 2**-10}
 _BLOCK = 32  # elements of q8_0
 _ROWS = 2048  # compared at once, so that the copies of an embedding stay small
 _FLOAT16_STEP = 2**-25  # half of the smallest step of float16, for values too small for its precision
+_FLOAT16_NORMAL = 2**-14  # below it, the precision of float16 falls
 
 
 def read_back(folder: Path, *, format: str, dtype: str, adapter: Adapter | None, weights: ModelWeights) -> str:
@@ -89,6 +91,7 @@ def _difference(value: Tensor, expected: Tensor, dtype: str, name: str, slack: f
     if value.shape != expected.shape:
         raise InputError(f"export: refused, because {name} in the file has another shape. Nothing was written.")
     largest, step = 0.0, 0.0 if dtype == "float32" else _FLOAT16_STEP
+    smallest = _FLOAT16_NORMAL if dtype == "float16" else _FLOAT16_STEP  # smaller values are compared with this one
     for part, other in zip(value.split(_ROWS), expected.split(_ROWS), strict=True):
         size = other.abs()
         if dtype == "q8_0":
@@ -98,5 +101,5 @@ def _difference(value: Tensor, expected: Tensor, dtype: str, name: str, slack: f
             raise InputError(
                 f"export: refused, because {name} in the file is not what was exported. Nothing was written."
             )
-        largest = max(largest, float((difference / size.clamp_(min=_FLOAT16_STEP)).max()))
+        largest = max(largest, float((difference / size.clamp_(min=smallest)).max()))
     return largest

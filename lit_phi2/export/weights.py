@@ -1,6 +1,6 @@
 """Weights: the tensors of a base one at a time, each with the adapter's update merged into it in float32.
 
-    W (out, in) as saved, A (r, in), B (out, r)  ->  W + (alpha / r) B A, float32      layers with an adapter
+    W (out, in) as saved, A (r, in), B (out, r)  ->  W + scale B A, float32            layers with an adapter
     W as saved                                   ->  W as saved                         everything else
 
 Names are those of transformers' Phi, where q, k and v are apart. Nothing is rounded here: who writes a tensor rounds it
@@ -19,7 +19,7 @@ from lit_phi2.adapters.peft_format import split_qkv
 from lit_phi2.base_config import make_phi_config
 from lit_phi2.errors import InputError
 from lit_phi2.export.metadata import lora_scale
-from lit_phi2.model.loading import _iter_weights, check_weights
+from lit_phi2.model.loading import check_weights, iter_weights
 from lit_phi2.pretrained import BaseModel, read_model_config
 
 _PEFT_PREFIX, _LORA_A, _LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -92,13 +92,13 @@ class ModelWeights:
         self._pairs = {} if adapter is None else lora_pairs(adapter)
         self.shapes: dict[str, torch.Size] = {}
         num_elements: dict[torch.dtype, int] = {}
-        for name, weight in _iter_weights(base):  # mapped from the file, and not read
+        for name, weight in iter_weights(base):  # mapped from the file, and not read
             self.shapes[name] = weight.shape
             num_elements[weight.dtype] = num_elements.get(weight.dtype, 0) + weight.numel()
         self.saved_dtype = max(num_elements, key=num_elements.__getitem__)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in _iter_weights(self.base):
+        for name, weight in iter_weights(self.base):
             pair = self._pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             yield name, weight if pair is None else merge_lora(weight, pair)
 

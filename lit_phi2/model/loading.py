@@ -2,9 +2,11 @@
 
     q_proj.weight, k_proj.weight, v_proj.weight, each (D, D)  ->  rows of Wqkv.weight (3 D, D); everything else by name
 
-Rows are copied and nothing is computed, so the fused model is exactly the checkpoint's.
+Rows are copied and nothing is computed, so the fused model is exactly the checkpoint's. A checkpoint of Phi-2's
+original code, with `transformer.h.N.mixer.Wqkv`, is read under transformers' names (`original_code.py`).
 """
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +18,10 @@ from lit_phi2.base_config import CONFIG_FILE, make_phi_config
 from lit_phi2.base_digest import check_unchanged
 from lit_phi2.errors import InputError
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
+from lit_phi2.original_code import convert_name
 from lit_phi2.pretrained import BaseModel, read_model_config
+
+log = logging.getLogger(__name__)
 
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them; integers would need a scale
 
@@ -36,8 +41,10 @@ def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
     config.dtype = dtype
     nn.Module.to(model, dtype).to_empty(device="cpu")
     model.model.rotary_emb = PhiRotaryEmbedding(config)  # its frequencies are computed, not saved
+    if any(convert_name(name) != name for file in base.weight_files for name, _, _ in _read_header(base, file)):
+        log.info("base %s has the names of Phi-2's original code; it is converted while it is read", base.name)
     views = dict(_hf_parameter_views(model))
-    for name, weight in _iter_weights(base):
+    for name, weight in iter_weights(base):
         views[name].copy_(weight)
     check_unchanged(base.folder, base.files)
     return model.eval()
@@ -62,7 +69,7 @@ def check_weights(base: BaseModel) -> None:
     }
     seen: set[str] = set()
     for file in base.weight_files:
-        for name, shape, dtype in _read_header(base, file):
+        for name, shape, dtype in _read_hf_header(base, file):
             if name in seen:
                 problems["repeated keys"].append(name)
             elif name not in expected:
@@ -101,8 +108,26 @@ def _read_header(base: BaseModel, file: str) -> list[tuple[str, list[int], str]]
         raise _unreadable(base, file, error) from error
 
 
-def _iter_weights(base: BaseModel) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint, one at a time, each mapped from its file until it is released."""
+def _read_hf_header(base: BaseModel, file: str) -> list[tuple[str, list[int], str]]:
+    """The same by transformers' names, with a Wqkv of the original code in three."""
+    return [
+        (hf_name, [shape[0] // len(hf_names), *shape[1:]] if len(hf_names) > 1 else shape, dtype)
+        for name, shape, dtype in _read_header(base, file)
+        for hf_names in [_hf_names(name, shape)]
+        for hf_name in hf_names
+    ]
+
+
+def _hf_names(name: str, shape: list[int]) -> list[str]:
+    """The parameters of transformers' Phi that a tensor holds, one after the other: three for Wqkv, else one."""
+    hf_name = convert_name(name)
+    if hf_name == name or ".Wqkv." not in hf_name or not shape or shape[0] % 3:
+        return [hf_name]
+    return [hf_name.replace(".Wqkv.", f".{projection}_proj.") for projection in "qkv"]
+
+
+def iter_weights(base: BaseModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint by transformers' names, one at a time, each mapped from its file until released."""
     for file in base.weight_files:
         for name, _, _ in _read_header(base, file):
             try:
@@ -111,7 +136,8 @@ def _iter_weights(base: BaseModel) -> Iterator[tuple[str, Tensor]]:
                     weight = weights.get_tensor(name)
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise _unreadable(base, file, error) from error
-            yield name, weight
+            hf_names = _hf_names(name, list(weight.shape))
+            yield from zip(hf_names, weight.chunk(len(hf_names)) if len(hf_names) > 1 else [weight], strict=True)
 
 
 def _unreadable(base: BaseModel, file: str, error: Exception) -> InputError:

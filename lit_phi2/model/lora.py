@@ -1,13 +1,12 @@
 """LoRA: which layers of Phi-2 get an adapter, and the layer that computes it.
 
-    y = W x + (alpha / r) B A x        W frozen in the compute dtype; A (r, in) and B (out, r) trained in float32
-
-LoRA scales by alpha / rank (Hu et al. 2021, arXiv:2106.09685, sec. 4.1).
+    y = W x + scale B A x        W frozen in the compute dtype; A (r, in) and B (out, r) trained in float32
 
 PEFT's own layer casts its whole input to float32 on every call, which halves the speed of training on a CPU.
 FusedLoraLinear subclasses it and replaces its forward, so names, state dict, merging and saving stay PEFT's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,16 @@ class LoraSettings:
     lora_r: int
     lora_alpha: int
     target_modules: tuple[str, ...]
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by: alpha / rank (Hu et al. 2021, arXiv:2106.09685, sec. 4.1).
+
+        With use_rslora it is alpha / sqrt(rank), so that a large rank learns as fast (Kalajdzievski 2023,
+        arXiv:2312.03732).
+        """
+        return self.lora_alpha / (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
 
 
 def add_lora(model: FusedPhiForCausalLM, settings: LoraSettings, *, dropout: float) -> PeftModel:
@@ -41,6 +50,7 @@ def add_lora(model: FusedPhiForCausalLM, settings: LoraSettings, *, dropout: flo
         lora_alpha=settings.lora_alpha,
         lora_dropout=dropout,
         target_modules=list(settings.target_modules),
+        use_rslora=settings.use_rslora,
         task_type="CAUSAL_LM",
     )
     phi = get_peft_model(model, config)

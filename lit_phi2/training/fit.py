@@ -35,7 +35,7 @@ from lit_phi2.training.resume import check_resumable, repeated_outputs
 from lit_phi2.training.run_folder import broadcast_run_dir, locked, open_run_dir
 from lit_phi2.training.tensorboard import StrictTensorBoardLogger, truncate_events
 from lit_phi2.utils.console import shell_command
-from lit_phi2.utils.paths import find_checkpoint, run_dir_of
+from lit_phi2.utils.paths import GGUF_SUFFIX, find_checkpoint, run_dir_of
 from lit_phi2.utils.signals import stop_request
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class FitTrainer(pl.Trainer):
             return None
         if self.fast_dev_run:
             raise InputError("trainer.fast_dev_run: tries a new run and continues none; leave out --ckpt_path.")
-        if Path(ckpt_path).is_dir():
+        if Path(ckpt_path).is_dir() or Path(ckpt_path).suffix == GGUF_SUFFIX:
             raise InputError(
                 f"--ckpt_path {ckpt_path}: an adapter holds no optimizer state to continue with. Give the run's "
                 "last.ckpt, or start from these weights with --model.adapter."

@@ -38,6 +38,9 @@ from lit_phi2.utils.files import tree_digest
 
 log = logging.getLogger(__name__)
 
+# Arguments, beside base and LoRA settings, that a resumed run must share.
+_DECIDING = ("lora_dropout", "learning_rate", "lora_plus_ratio", "weight_decay", "warmup_ratio")
+
 
 class LitPhi2(AdapterModule):
     """Phi-2 with LoRA, trained on the responses of records.
@@ -48,9 +51,11 @@ class LitPhi2(AdapterModule):
         adapter: a checkpoint to start from, at step 0; also a folder with an adapter.
         lora_r: rank of the adapter; 2 trains 0.08 % of Phi-2.
         lora_alpha: the update is times lora_alpha / lora_r.
+        use_rslora: the update is times lora_alpha / sqrt(lora_r); so a high rank learns as fast as a low one.
         lora_dropout: on the input of the update; while training.
         target_modules: linear layers that get an adapter.
         learning_rate: the peak, reached after warm-up; then cosine to zero.
+        lora_plus_ratio: the learning rate of B is this times learning_rate, such as 16; null is the same for A and B.
         weight_decay: of AdamW.
         warmup_ratio: fraction of the optimizer steps.
         dtype: auto, bfloat16 or float32; of the frozen base and of matmuls, while LoRA weights are float32.
@@ -67,9 +72,11 @@ class LitPhi2(AdapterModule):
         adapter: str | None = None,
         lora_r: int = 2,
         lora_alpha: int = 4,
+        use_rslora: bool = False,
         lora_dropout: float = 0.0,
         target_modules: list[str] = ["Wqkv", "fc1", "fc2"],  # noqa: B006  jsonargparse shows it in --help; never mutated
         learning_rate: float = 2e-4,
+        lora_plus_ratio: float | None = None,
         weight_decay: float = 0.01,
         warmup_ratio: float = 0.03,
         dtype: str = "auto",
@@ -82,16 +89,19 @@ class LitPhi2(AdapterModule):
         check_minimum(0, weight_decay=weight_decay)
         check_fraction(lora_dropout=lora_dropout, warmup_ratio=warmup_ratio)
         check_positive(learning_rate=learning_rate)
+        if lora_plus_ratio is not None:
+            check_positive(lora_plus_ratio=lora_plus_ratio)
         super().__init__(
             base,
             adapter,
-            LoraSettings(lora_r, lora_alpha, tuple(target_modules)),
+            LoraSettings(lora_r, lora_alpha, tuple(target_modules), use_rslora),
             lora_dropout=lora_dropout,
             dtype=dtype,
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
         self.learning_rate = learning_rate
+        self.lora_plus_ratio = lora_plus_ratio
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
         self.activation_checkpointing = activation_checkpointing
@@ -157,6 +167,8 @@ class LitPhi2(AdapterModule):
                 "train/supervised_tokens": num_tokens,
                 "lr": optimizer.param_groups[0]["lr"],
             }
+            if self.lora_plus_ratio is not None:
+                values["lr_b"] = optimizer.param_groups[1]["lr"]
             self.log_scalars(values, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -173,8 +185,12 @@ class LitPhi2(AdapterModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         assert self.phi is not None
-        parameters = trainable_parameters(self.phi).values()
-        optimizer = build_optimizer(parameters, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = build_optimizer(
+            trainable_parameters(self.phi),
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            lora_plus_ratio=self.lora_plus_ratio,
+        )
         schedule = build_schedule(optimizer, warmup_ratio=self.warmup_ratio, total_steps=self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -277,7 +293,7 @@ class LitPhi2(AdapterModule):
             "base": self.checked.model.digest,  # wherever the base is stored now
             **asdict(self.lora_settings),
             "target_modules": list(self.lora_settings.target_modules),
-            **{name: getattr(self, name) for name in ("lora_dropout", "learning_rate", "weight_decay", "warmup_ratio")},
+            **{name: getattr(self, name) for name in _DECIDING},
         }
         return run_fingerprint(
             model,

@@ -2,7 +2,7 @@ r"""Optimizer and learning-rate schedule: AdamW, linear warm-up, then cosine to 
 
     factor  1 |    /\_                     step counts optimizer steps from 0
               |   /   \_                   the factor multiplies the peak learning rate
-            0 |  /      \__
+            0 |  /      \__             of A; with lora_plus_ratio that of B is a multiple of it
               +--|----------|---> step
                warmup     total
 
@@ -11,7 +11,8 @@ builds the train loader early, which then starts at the wrong batch on resume.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -20,10 +21,29 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_phi2.errors import InputError
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's default betas."""
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    lora_plus_ratio: float | None = None,
+) -> AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's default betas.
+
+    Args:
+        parameters: the A and B of an adapter, by PEFT's names.
+        learning_rate: the peak.
+        weight_decay: of AdamW.
+        lora_plus_ratio: the learning rate of every B is this times that of A (LoRA+, Hayou et al. 2024,
+            arXiv:2402.12354); None is LoRA, with one learning rate in one group.
+    """
+    groups: Any = parameters.values()
+    if lora_plus_ratio is not None:
+        of_b = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
+        of_a = [parameter for name, parameter in parameters.items() if ".lora_B." not in name]
+        groups = [{"params": of_a}, {"params": of_b, "lr": lora_plus_ratio * learning_rate}]
     # fused: one call for all small tensors of an adapter; CPU, CUDA and MPS support it
-    return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    return AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, *, warmup_ratio: float, total_steps: int) -> LambdaLR:

@@ -3,7 +3,7 @@
     fit         check the data -> open a folder -> validate the base -> steps -> best adapter in PEFT form
     validate    metrics on val_files             test      metrics on test_files, and its completions scored
     predict     predictions.jsonl                inspect   statistics of the data, without a model
-    export      the adapter of a checkpoint in PEFT form
+    export      the adapter of a checkpoint for another runtime, checked there
 
 The CLI makes its flags from the signatures of these methods, and its help from their docstrings.
 """
@@ -12,17 +12,17 @@ import json
 import logging
 from pathlib import Path
 
-from lit_phi2.adapters.adapter import check_adapter, with_base_name
 from lit_phi2.adapters.checkpoint import read_adapter
-from lit_phi2.adapters.peft_format import save_adapter
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.summary import report
 from lit_phi2.errors import InputError
 from lit_phi2.evaluation.table import format_table, metric_name, to_dict
+from lit_phi2.export.exporter import export, plan_export
 from lit_phi2.pretrained import resolve_base_model
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.callbacks.throughput import Throughput
+from lit_phi2.training.exporting import card_facts, held_out_prompts, run_and_release
 from lit_phi2.training.fit import FitTrainer
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.run_folder import check_writable, locked, partial_file
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 STOPPED = {
     "validate": "stopped. Nothing was written.",
     "test": "stopped. Nothing was written.",
+    "export": "stopped. Nothing was written.",
     "predict": "stopped. The same command continues: it keeps every batch that was completed.",
 }
 
@@ -160,22 +161,42 @@ class Trainer(FitTrainer):
         warnings = datamodule.read("fit")
         print_text(report(datamodule, warnings, remove_unused_caches=remove_unused_caches))
 
-    def export(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str, output_dir: str) -> None:
-        """Write the adapter of a checkpoint in PEFT form, for transformers' own Phi.
+    def export(
+        self,
+        model: LitPhi2,
+        datamodule: ClaimsDataModule,
+        ckpt_path: str,
+        output_dir: str,
+        format: str = "peft",
+        dtype: str | None = None,
+        check: int = 8,
+    ) -> None:
+        """Write the adapter of a checkpoint, or the merged model, for another runtime, and check it there.
 
         Args:
             model: from the config.
             datamodule: from the config.
-            ckpt_path: a .ckpt, an adapter or run folder, `last` or `best`.
-            output_dir: the folder to write.
+            ckpt_path: a .ckpt, an exported adapter, an adapter or run folder, `last` or `best`.
+            output_dir: the folder to write, which replaces an earlier export.
+            format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
+            dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
+            check: prompts of val_files that the result must answer as the model does; 0 checks nothing.
         """
+        if check < 0:
+            raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
+        if not self.is_global_zero:  # of several processes, one writes
+            return
+        stop_request.message = STOPPED["export"]
+        ckpt_path = str(self.find(ckpt_path))
         folder = expand_user(output_dir, "--output_dir")
-        if folder.is_file():
-            raise InputError(f"--output_dir {output_dir}: is a file; expected a folder, which may be new.")
         adapter, base = read_adapter(Path(ckpt_path)), resolve_base_model(model.base)
-        check_adapter(adapter, adapter.settings, base, source=f"--ckpt_path {ckpt_path}")
-        save_adapter(with_base_name(adapter, base), folder)
-        log.info("adapter: %s", folder)
+        plan = plan_export(adapter, base, folder, format=format, dtype=dtype, source=f"--ckpt_path {ckpt_path}")
+        datamodule.trainer, reference = self, None
+        if check > 0:
+            prompts = held_out_prompts(datamodule, check, plan.weights.config.max_position_embeddings)
+            device = self.strategy.root_device
+            reference = run_and_release(plan, ckpt_path, prompts, dtype=model.compute_dtype, device=device)
+        export(plan, reference, card_facts(Path(ckpt_path), datamodule))
 
     def output_dir_for(self, ckpt_path: str | None) -> Path:
         """The folder that a subcommand other than fit writes to; without a checkpoint, that of this Trainer's fit."""

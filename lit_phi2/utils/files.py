@@ -41,7 +41,7 @@ def atomic_write(path: Path, content: str | bytes | Iterable[str]) -> None:
                 with contextlib.suppress(OSError):
                     tmp_path.unlink()  # it may be what filled the disk
                 raise
-            _flush_folder(path.parent)  # the rename itself
+            flush(path.parent)  # the rename itself
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -55,9 +55,10 @@ def _write(path: Path, content: str | bytes | Iterable[str]) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush(path: Path) -> None:
+    """Write what the system holds of a file or a folder to disk."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:

@@ -5,7 +5,7 @@
         adapter/              PEFT form
 
     last, best                -> that checkpoint of the newest run of this run_name
-    a .ckpt file              -> itself
+    a .ckpt or .gguf file     -> itself
     a folder with an adapter  -> itself
     the folder of a run       -> its last.ckpt for fit, its best.ckpt otherwise
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 from lit_phi2.errors import InputError
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"  # PEFT's name
+ADAPTER_CONFIG_FILE = "adapter_config.json"  # PEFT's name, and mlx-lm's
+GGUF_SUFFIX, GGUF_ADAPTER_FILE = ".gguf", "adapter.gguf"
 
 
 def expand_user(name: str, setting: str) -> Path:
@@ -67,7 +68,7 @@ def create_run_dir(root: Path, run_name: str) -> Path:
 
 
 def find_checkpoint(name: str, root: Path, run_name: str, *, prefer: str = "best", flag: str = "--ckpt_path") -> Path:
-    """The .ckpt file, or the folder with an adapter, that a name refers to.
+    """The .ckpt or .gguf file, or the folder with an adapter, that a name refers to.
 
     Args:
         name: value of --ckpt_path.
@@ -84,13 +85,15 @@ def find_checkpoint(name: str, root: Path, run_name: str, *, prefer: str = "best
     path = expand_user(name, flag)
     if path.is_file() or (path / ADAPTER_CONFIG_FILE).is_file():
         return path
+    if (path / GGUF_ADAPTER_FILE).is_file():
+        return path / GGUF_ADAPTER_FILE
     for kind in (prefer, "best", "last"):
         if (path / "checkpoints" / f"{kind}.ckpt").is_file():
             return path / "checkpoints" / f"{kind}.ckpt"
     problem = "contains no checkpoint" if path.is_dir() else "does not exist"
     raise InputError(
-        f"{flag} {name}: {problem}; expected a .ckpt, a folder with an adapter, the folder of a run, or 'last' or "
-        "'best'."
+        f"{flag} {name}: {problem}; expected a .ckpt, a .gguf, a folder with an adapter, the folder of a run, or "
+        "'last' or 'best'."
     )
 
 

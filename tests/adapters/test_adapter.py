@@ -91,17 +91,6 @@ def edit_config(folder: Path, **changes: object) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
 
 
-def test_projections_with_different_a_are_refused(phi_dir: Path, tmp_path: Path) -> None:
-    save_adapter(new_module(phi_dir).trained_adapter(), tmp_path)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
-    weights[name] = weights[name] + 1
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "lit_phi2.json").unlink()  # as other tools write it: no digest
-    with pytest.raises(InputError, match="different A"):
-        read_adapter(tmp_path)
-
-
 def test_a_lora_variant_is_refused(phi_dir: Path, tmp_path: Path) -> None:
     save_adapter(new_module(phi_dir).trained_adapter(), tmp_path)
     (tmp_path / "lit_phi2.json").unlink()  # as other tools write it
@@ -149,7 +138,7 @@ def test_a_projection_alone_is_never_dropped(phi_dir: Path, tmp_path: Path) -> N
     save_file(kept, tmp_path / "adapter_model.safetensors")
     (tmp_path / "lit_phi2.json").unlink()  # as other tools write it: no digest
     edit_config(tmp_path, target_modules=["fc1", "fc2"])
-    with pytest.raises(InputError, match="adapts v_proj but has no weight"):
+    with pytest.raises(InputError, match=r"target_modules lacks 'v_proj', but there is a weight"):
         read_adapter(tmp_path)
 
 

@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PhiForCausalLM
 
 from lit_phi2.adapters.checkpoint import read_adapter
-from lit_phi2.adapters.lora_config import read_lora_settings
+from lit_phi2.adapters.lora_config import PeftSettings, read_peft_settings
 from lit_phi2.errors import InputError
 from lit_phi2.model.lora import LoraSettings
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "fc1"]}
-SETTINGS = LoraSettings(4, 8, ("Wqkv", "fc1"))
+SETTINGS = PeftSettings(4, 8, ("q_proj", "k_proj", "v_proj", "fc1"), {}, {}, False)
 
 # A value of each key that says how a trained adapter came about, and not what it computes.
 HARMLESS = {
@@ -34,12 +34,9 @@ MEANINGFUL: dict[str, Any] = {
     "exclude_modules": ["fc1"],
     "fan_in_fan_out": True,
     "bias": "all",
-    "use_rslora": True,
     "modules_to_save": ["lm_head"],
     "layers_to_transform": 0,
     "layers_pattern": "layers",
-    "rank_pattern": {"fc1": 8},
-    "alpha_pattern": {"fc1": 8},
     "megatron_config": {"tensor_model_parallel_size": 2},
     "megatron_core": "other.core",
     "trainable_token_indices": [7],
@@ -62,17 +59,22 @@ MEANINGFUL: dict[str, Any] = {
     "kasa_config": {},
     "ensure_weight_tying": True,
 }
+# A value of each key whose meaning is kept.
+KEPT: dict[str, Any] = {"use_rslora": True, "rank_pattern": {"fc1": 8}, "alpha_pattern": {"fc1": 8}}
 KEYS = sorted({field.name for field in dataclasses.fields(LoraConfig)} - PLAIN.keys())
 
 
-def read(**changes: Any) -> LoraSettings:
-    return read_lora_settings(PLAIN | changes, source="adapter_config.json")
+def read(**changes: Any) -> PeftSettings:
+    return read_peft_settings(PLAIN | changes, source="adapter_config.json")
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_of_peft_is_harmless_or_refused_by_name(key: str) -> None:
-    """A key that a newer PEFT adds fails here until it is put into one of the two tables, and is refused meanwhile."""
-    assert key in HARMLESS or key in MEANINGFUL
+    """A key that a newer PEFT adds fails here until it is put into one of the tables, and is refused meanwhile."""
+    assert key in HARMLESS or key in MEANINGFUL or key in KEPT
+    if key in KEPT:
+        assert getattr(read(**{key: KEPT[key]}), key) == KEPT[key]
+        return
     if key in HARMLESS:
         assert read(**{key: HARMLESS[key]}) == SETTINGS
         return
@@ -118,10 +120,34 @@ def test_a_whole_alpha_is_accepted_as_a_float() -> None:
 
 
 @pytest.mark.parametrize("named", [["q_proj"], ["v_proj", "q_proj"], ["k_proj"]])
-def test_only_some_of_q_k_and_v_are_refused(named: list[str]) -> None:
-    """A fused Wqkv would adapt all three."""
-    with pytest.raises(InputError, match="a fused Wqkv needs q_proj, k_proj and v_proj"):
-        read(target_modules=[*named, "fc1"])
+def test_some_of_q_k_and_v_adapt_wqkv(named: list[str]) -> None:
+    assert read(target_modules=[*named, "fc1"]).fused_targets() == ("Wqkv", "fc1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rank_pattern", {"fc1": 0}, "rank_pattern: fc1 is 0; expected an integer from 1"),
+        ("rank_pattern", {"fc1": "two"}, "rank_pattern: fc1 is 'two'"),
+        ("rank_pattern", ["fc1"], "rank_pattern is .*; expected an object"),
+        ("alpha_pattern", {"fc1": 2.5}, r"alpha_pattern: fc1 is 2\.5; expected a whole number"),
+        ("alpha_pattern", {"(a+)+$": 4}, "expected the name of a layer, or a simple regular expression"),
+        ("alpha_pattern", {"((fc1": 4}, "expected the name of a layer, or a simple regular expression"),
+        ("use_rslora", "yes", "use_rslora is 'yes'"),
+    ],
+)
+def test_a_pattern_of_another_kind_is_refused(key: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(**{key: value})
+
+
+def test_the_scale_of_a_layer_has_a_closed_form() -> None:
+    """alpha / r, and alpha / sqrt(r) with rank-stabilised scaling; patterns match the end of a layer's name."""
+    layer, patterns = "model.layers.0.mlp.fc1", {"rank_pattern": {"fc1": 16}, "alpha_pattern": {r"0\.mlp\.fc1": 24}}
+    assert read().scale(layer) == 2
+    assert read(**patterns).scale(layer) == 1.5
+    assert read(**patterns, use_rslora=True).scale(layer) == 6
+    assert read(**patterns, use_rslora=True).scale("model.layers.1.mlp.fc2") == 4
 
 
 def test_an_adapter_that_plain_peft_wrote_is_read(phi_dir: Path, tmp_path: Path) -> None:

@@ -42,13 +42,15 @@ def test_every_subcommand_runs_from_the_saved_config(
 
 
 def test_checkpoint_settings_replace_those_of_the_config(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit("--trainer.max_steps", "1", "--model.target_modules", "[fc1]", "--model.lora_r", "3") == 0
+    settings = ["--model.target_modules", "[fc1]", "--model.lora_r", "3", "--model.use_rslora", "true"]
+    assert fit("--trainer.max_steps", "1", *settings) == 0
     capsys.readouterr()
     arguments = ["validate", "--config", "small.yaml", "--ckpt_path", "last", "--model.lora_r", "7"]
     assert main(arguments) == 0
     logged = capsys.readouterr().err
     assert "model.lora_r: 3, as in" in logged
     assert "model.target_modules: ['fc1'], as in" in logged
+    assert "model.use_rslora: True, as in" in logged
 
 
 def test_predict_without_a_checkpoint_runs_the_base(fit: Fit) -> None:

@@ -5,17 +5,8 @@ from transformers import PreTrainedTokenizerBase
 
 from export.support import random_adapter, write_random_phi
 from lit_phi2.adapters.adapter import Adapter
-from lit_phi2.export.runtimes import is_installed
 from lit_phi2.model.lora import LoraSettings
 from lit_phi2.pretrained import BaseModel, load_tokenizer, resolve_base_model
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Report tests as not run where the extra 'runtimes' is not installed."""
-    missing = [package for package in ("gguf", "xllamacpp", "mlx_lm") if not is_installed(package)]
-    for item in items:
-        if missing and "runtimes" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=f"not run: {', '.join(missing)} not installed here"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from export.support import reference_of
+from export.support import random_adapter, reference_of
 from lit_phi2.adapters.adapter import Adapter
 from lit_phi2.adapters.peft_format import save_adapter
 from lit_phi2.errors import InputError
@@ -21,6 +21,7 @@ from lit_phi2.export.exporter import FORMATS, export, plan_export
 from lit_phi2.export.folder import replaced_folder
 from lit_phi2.export.parity import compare, divergence
 from lit_phi2.export.runtimes import transformers_runtime
+from lit_phi2.model.lora import LoraSettings
 from lit_phi2.pretrained import BaseModel
 
 NEED_GGUF = {"gguf", "gguf-merged"}
@@ -114,6 +115,19 @@ def test_a_result_that_says_something_else_is_refused(export_base: BaseModel, ad
     with pytest.raises(InputError, match=r"refused, because .* greedy completions equal.* KL of 1e-04"):
         export(plan, reference, CardFacts())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", EVERY_FORMAT)
+def test_rank_stabilised_scaling_is_right_in_every_format(format: str, export_base: BaseModel, tmp_path: Path) -> None:
+    """In its runtime, where that is installed: a scale of alpha / r is 1.7 times too small, and is refused."""
+    adapter = random_adapter(export_base, LoraSettings(3, 5, ("Wqkv", "dense", "fc1", "fc2"), use_rslora=True))
+    plan = plan_export(adapter, export_base, tmp_path / "out", format=format, dtype=None, source="adapter")
+    check = export(plan, reference_of(export_base, adapter, 2, max_tokens=8), CardFacts())
+    assert check.method in ("runtime", "read back")
+    wrong = replace(adapter, settings=replace(adapter.settings, use_rslora=False))
+    if check.method == "runtime":
+        with pytest.raises(InputError, match="refused"):
+            export(plan, reference_of(export_base, wrong, 2, max_tokens=8), CardFacts())
 
 
 def test_the_kl_divergence_is_the_closed_form() -> None:

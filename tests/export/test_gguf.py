@@ -79,11 +79,14 @@ def test_an_exported_adapter_imports_as_itself(adapter: Adapter, adapter_file: P
 
 
 @pytest.mark.runtimes
-def test_any_scale_imports_to_one_rounding(export_base: BaseModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_any_scale_imports_to_one_rounding(use_rslora: bool, export_base: BaseModel, tmp_path: Path) -> None:
     """alpha / r = 5 / 3: B is rounded when the scale is multiplied in, and once more when it is taken out."""
-    adapter = random_adapter(export_base, LoraSettings(3, 5, ("Wqkv", "fc1")))
+    adapter = random_adapter(export_base, LoraSettings(3, 5, ("Wqkv", "fc1"), use_rslora))
     write_gguf_adapter(adapter, 2, tmp_path / "adapter.gguf")
-    for name, weight in read_gguf_adapter(tmp_path / "adapter.gguf").weights.items():
+    imported = read_gguf_adapter(tmp_path / "adapter.gguf")
+    assert imported.settings == adapter.settings
+    for name, weight in imported.weights.items():
         torch.testing.assert_close(weight, adapter.weights[name], rtol=2**-22, atol=0)
 
 

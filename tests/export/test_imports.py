@@ -32,10 +32,12 @@ def test_an_mlx_adapter_is_transposed(adapter: Adapter, tmp_path: Path) -> None:
     assert config["lora_parameters"]["keys"] == ["mlp.fc1", "mlp.fc2", *projections]
 
 
-@pytest.mark.parametrize("alpha", [8, 5])
-def test_an_mlx_adapter_imports_as_itself(alpha: int, export_base: BaseModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "alpha", "use_rslora"), [(4, 8, False), (4, 5, False), (4, 8, True), (3, 5, True)])
+def test_an_mlx_adapter_imports_as_itself(
+    rank: int, alpha: int, use_rslora: bool, export_base: BaseModel, tmp_path: Path
+) -> None:
     """Bit for bit at any scale, which is a number in its config."""
-    adapter = random_adapter(export_base, LoraSettings(4, alpha, ("Wqkv", "fc2")))
+    adapter = random_adapter(export_base, LoraSettings(rank, alpha, ("Wqkv", "fc2"), use_rslora))
     write_mlx_adapter(adapter, 2, tmp_path)
     imported = read_mlx_adapter(tmp_path)
     assert (imported.settings, imported.base) == (adapter.settings, adapter.base)

@@ -105,6 +105,8 @@ def test_a_run_killed_during_export_exports_on_resume(
     ("changed", "message"),
     [
         ({"lora_r": 2}, "model.lora_r: 4 in the checkpoint, 2 now"),
+        ({"use_rslora": True}, "model.use_rslora: False in the checkpoint, True now"),
+        ({"lora_plus_ratio": 16.0}, "model.lora_plus_ratio: None in the checkpoint, 16.0 now"),
         ({"learning_rate": 1e-3}, "model.learning_rate: 0.0002 in the checkpoint, 0.001 now"),
         ({"seed": 7}, "seed_everything: 42 in the checkpoint, 7 now"),
         ({"max_epochs": 3}, "total_steps: 6 in the checkpoint, 9 now"),
@@ -121,7 +123,8 @@ def test_a_changed_setting_is_refused_with_both_values(
     tmp_path: Path,
 ) -> None:
     train_file, folder, _ = whole_run
-    model_settings = {key: value for key, value in changed.items() if key in ("lora_r", "learning_rate", "seed")}
+    of_model = ("lora_r", "use_rslora", "lora_plus_ratio", "learning_rate", "seed")
+    model_settings = {key: value for key, value in changed.items() if key in of_model}
     module = new_module(phi_dir, dropout=True, **({"lora_dropout": 0.2, "warmup_ratio": 0.2} | model_settings))
     data_settings = {key: value for key, value in changed.items() if key in ("seed", "max_length")}
     data = new_data(phi_dir, train_file, packing=False, **data_settings)
