@@ -18,7 +18,7 @@ SUBCOMMANDS = {
     "test": "Measure the loss on test_files, then score completions of its records beside baselines.",
     "predict": "Complete the records of predict_files, greedily: one JSON object a record, in the order of the input.",
     "inspect": "Print statistics of the training and validation data, the caches, and one example; no model is loaded.",
-    "export": "Write the adapter of a checkpoint, or the merged model, for another runtime, and check it there.",
+    "export": "Write an adapter, or the merged model, for another runtime, and check it there.",
 }
 _OTHER_NAMES = {
     "fit": "train training finetune fine-tune fine_tune tune learn run start resume continue",

@@ -51,11 +51,11 @@ class LitPhi2(AdapterModule):
         adapter: a checkpoint to start from, at step 0; also a folder with an adapter.
         lora_r: rank of the adapter; 2 trains 0.08 % of Phi-2.
         lora_alpha: the update is times lora_alpha / lora_r.
-        use_rslora: the update is times lora_alpha / sqrt(lora_r); so a high rank learns as fast as a low one.
+        use_rslora: scale is lora_alpha / sqrt(lora_r); so a high rank learns as fast as a low one.
         lora_dropout: on the input of the update; while training.
         target_modules: linear layers that get an adapter.
         learning_rate: the peak, reached after warm-up; then cosine to zero.
-        lora_plus_ratio: the learning rate of B is this times learning_rate, such as 16; null is the same for A and B.
+        lora_plus_ratio: learning rate of B over that of A; null is 1. 16 is common.
         weight_decay: of AdamW.
         warmup_ratio: fraction of the optimizer steps.
         dtype: auto, bfloat16 or float32; of the frozen base and of matmuls, while LoRA weights are float32.

@@ -171,16 +171,16 @@ class Trainer(FitTrainer):
         dtype: str | None = None,
         check: int = 8,
     ) -> None:
-        """Write the adapter of a checkpoint, or the merged model, for another runtime, and check it there.
+        """Write an adapter, or the merged model, for another runtime, and check it there.
 
         Args:
             model: from the config.
             datamodule: from the config.
             ckpt_path: a .ckpt, an exported adapter, an adapter or run folder, `last` or `best`.
-            output_dir: the folder to write, which replaces an earlier export.
+            output_dir: the folder to write, replacing an earlier export.
             format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
             dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
-            check: prompts of val_files that the result must answer as the model does; 0 checks nothing.
+            check: prompts of val_files to compare answers on; 0 checks nothing.
         """
         if check < 0:
             raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
