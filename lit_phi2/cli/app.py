@@ -31,7 +31,6 @@ from lit_phi2.cli.configs import check_config, config_setting
 from lit_phi2.cli.help import requested_help
 from lit_phi2.cli.messages import class_error, describe_defaults, name_trainer_key
 from lit_phi2.cli.parser import Parser
-from lit_phi2.cli.subcommands import SUBCOMMANDS
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.pretrained import resolve_base_model
@@ -68,10 +67,12 @@ class CLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Methods of Trainer, and the arguments that the CLI fills in."""
-        return {name: {"model", "datamodule"} for name in SUBCOMMANDS}
+    def subcommands(self) -> dict[str, set[str]]:
+        """The subcommand of these arguments, a method of Trainer, and the arguments that the CLI fills in.
+
+        Only this one: parsers of all of them would take most of the time from the start to the first check.
+        """
+        return {self.arguments[0]: {"model", "datamodule"}}  # early_answer has checked the name
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys outside model, data and trainer."""
@@ -101,7 +102,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Print the help if it is asked for; otherwise parse, after checking the keys of each config and flag."""
-        subparser = self._subcommand_parsers[self.arguments[0]]  # early_answer has checked the name
+        subparser = self._subcommand_parsers[self.arguments[0]]
         help_text = requested_help(subparser, self.arguments[0], self.arguments)
         if help_text is not None:
             print_text(help_text)
