@@ -116,5 +116,16 @@ def describe_defaults(subcommand: str, model: Mapping[str, Any], data: Mapping[s
     without --config: model.base tiny, data.test_files claims:test. To take others: --config FILE, or these as flags.
     """
     keys = _DATA_KEYS.get(subcommand, ())
-    values = [f"model.base {model['base']}", *(f"data.{key} {data[key]}" for key in keys)]
+    values = [f"model.base {model['base']}", *(f"data.{key} {_as_yaml(data[key])}" for key in keys)]
     return f"without --config: {', '.join(values)}. To take others: --config FILE, or these as flags."
+
+
+def _as_yaml(value: Any) -> Any:
+    """A value as a config or a flag gives it.
+
+    >>> [str(_as_yaml(value)) for value in (None, "a.jsonl", ["a.jsonl", "b.jsonl"])]
+    ['null', 'a.jsonl', '[a.jsonl, b.jsonl]']
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else value

@@ -20,9 +20,11 @@ from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts
 from lit_phi2.export.exporter import ExportPlan
-from lit_phi2.export.parity import CHECK_TOKENS, Reference, run_reference
+from lit_phi2.export.parity import CHECK_TOKENS, MAX_PROMPTS, Reference, run_reference
 from lit_phi2.model.device import choose_dtype
-from lit_phi2.training.base import check_base, load_base
+from lit_phi2.model.loading import num_parameters
+from lit_phi2.model.lora import add_lora, load_adapter_state_dict
+from lit_phi2.model.streaming import load_streamed_phi2
 from lit_phi2.utils.paths import run_dir_of
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def held_out_prompts(datamodule: ClaimsDataModule, count: int, max_positions: in
         max_positions: of the base; a prompt leaves space for the tokens that are compared.
 
     Raises:
-        InputError: no prompt is short enough.
+        InputError: no prompt is short enough, or more than MAX_PROMPTS would be compared.
     """
     datamodule.setup("validate")
     examples = datamodule.splits["val"].examples
@@ -50,28 +52,34 @@ def held_out_prompts(datamodule: ClaimsDataModule, count: int, max_positions: in
             f"{max_positions} positions of the base. Give others, or --check 0, which exports without a check."
         )
     count = min(count, len(is_short))
+    if count > MAX_PROMPTS:
+        raise InputError(
+            f"--check {count}: at most {MAX_PROMPTS} prompts are compared, because what the model says to them is kept "
+            "in memory."
+        )
     chosen = [examples[is_short[number * len(is_short) // count]] for number in range(count)]
     return [example.ids[: example.prompt_length] for example in chosen]
 
 
 def run_and_release(
-    plan: ExportPlan, ckpt_path: str, prompts: list[list[int]], *, dtype: str, device: torch.device
+    plan: ExportPlan, ckpt_path: str | None, prompts: list[list[int]], *, dtype: str, device: torch.device
 ) -> Reference:
     """What the base with the plan's adapter says to prompts, as every subcommand runs it; its memory is free again.
 
     Args:
-        plan: has an adapter.
-        ckpt_path: where the adapter comes from.
+        plan: of the export.
+        ckpt_path: where its adapter comes from; None if it has none.
         prompts: token ids.
         dtype: model.dtype of the config.
         device: that runs the model.
     """
-    assert plan.adapter is not None
-    checked = check_base(plan.base.name, plan.adapter.settings, ckpt_path)
-    compute_dtype, reason = choose_dtype(dtype, device, checked.num_parameters)
+    compute_dtype, reason = choose_dtype(dtype, device, num_parameters(plan.base))
     log.info("check: %d prompts, compute dtype %s: %s", len(prompts), str(compute_dtype).removeprefix("torch."), reason)
     # disable_malloc_trim is not called: the memory must return to the system, for a runtime in another process.
-    phi = load_base(checked, plan.adapter.settings, compute_dtype, dropout=0.0).to(device)
+    phi: Any = load_streamed_phi2(plan.base, compute_dtype, device)
+    if plan.adapter is not None:
+        phi = add_lora(phi, plan.adapter.settings, dropout=0.0)
+        load_adapter_state_dict(phi, plan.adapter.weights, source=str(ckpt_path))
     reference = run_reference(phi, prompts, eos_token_id=int(plan.tokenizer.eos_token_id))
     del phi
     gc.collect()
@@ -80,11 +88,13 @@ def run_and_release(
     return reference
 
 
-def card_facts(ckpt_path: Path, datamodule: ClaimsDataModule) -> CardFacts:
+def card_facts(ckpt_path: Path | None, datamodule: ClaimsDataModule) -> CardFacts:
     """What the folder of the adapter's run tells; nothing is guessed where it has no such file.
 
     Records are counted where this export was given the run's own files.
     """
+    if ckpt_path is None:
+        return CardFacts()
     run_dir = run_dir_of(ckpt_path)
     config = _read_config(run_dir / "config.yaml")
     return CardFacts(_count_records(config, datamodule), _read_metrics(run_dir / "test_metrics.json"), config)

@@ -15,7 +15,7 @@ from pathlib import Path
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.summary import report
-from lit_phi2.errors import InputError
+from lit_phi2.errors import IncompleteError, InputError
 from lit_phi2.evaluation.table import format_table, metric_name, to_dict
 from lit_phi2.export.exporter import export, plan_export
 from lit_phi2.pretrained import resolve_base_model
@@ -165,8 +165,8 @@ class Trainer(FitTrainer):
         self,
         model: LitPhi2,
         datamodule: ClaimsDataModule,
-        ckpt_path: str,
         output_dir: str,
+        ckpt_path: str | None = None,
         format: str = "peft",
         dtype: str | None = None,
         check: int = 8,
@@ -176,27 +176,34 @@ class Trainer(FitTrainer):
         Args:
             model: from the config.
             datamodule: from the config.
-            ckpt_path: a .ckpt, an exported adapter, an adapter or run folder, `last` or `best`.
             output_dir: the folder to write, replacing an earlier export.
+            ckpt_path: a .ckpt, an exported adapter, an adapter or run folder, `last` or `best`; null: the base alone.
             format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
             dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
-            check: prompts of val_files to compare answers on; 0 checks nothing.
+            check: prompts of val_files to compare answers on, 64 at most; 0 checks nothing.
         """
         if check < 0:
             raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
         if not self.is_global_zero:  # of several processes, one writes
             return
         stop_request.message = STOPPED["export"]
-        ckpt_path = str(self.find(ckpt_path))
+        ckpt_path = self.find(ckpt_path)
         folder = expand_user(output_dir, "--output_dir")
-        adapter, base = read_adapter(Path(ckpt_path)), resolve_base_model(model.base)
+        adapter, base = read_adapter(Path(ckpt_path)) if ckpt_path else None, resolve_base_model(model.base)
+        if adapter is None:
+            log.info("no --ckpt_path: the base alone is exported, without an adapter")
         plan = plan_export(adapter, base, folder, format=format, dtype=dtype, source=f"--ckpt_path {ckpt_path}")
         datamodule.trainer, reference = self, None
         if check > 0:
             prompts = held_out_prompts(datamodule, check, plan.weights.config.max_position_embeddings)
             device = self.strategy.root_device
             reference = run_and_release(plan, ckpt_path, prompts, dtype=model.compute_dtype, device=device)
-        export(plan, reference, card_facts(Path(ckpt_path), datamodule))
+        facts = card_facts(Path(ckpt_path) if ckpt_path else None, datamodule)
+        try:
+            export(plan, reference, facts)
+        except OSError as error:  # a full disk, a lost permission
+            reason = error.strerror or str(error)
+            raise IncompleteError(f"{error.filename or folder}: {reason}. Nothing was exported.") from error
 
     def output_dir_for(self, ckpt_path: str | None) -> Path:
         """The folder that a subcommand other than fit writes to; without a checkpoint, that of this Trainer's fit."""
