@@ -10,14 +10,16 @@ adds a token to every slot. A prompt that begins like one in a slot copies the k
 The model is only read: weights, modes and the random number generator stay as they are.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 from lit_phi2.errors import InputError
 from lit_phi2.generation.capacity import choose_num_slots
 from lit_phi2.generation.decoder import Decoder, Segment
+from lit_phi2.generation.drafts import MAX_DRAFT_SLOTS, Drafter
 from lit_phi2.generation.kv_cache import KVCache, round_up
 from lit_phi2.generation.weights import prepare_weights
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
@@ -39,19 +41,6 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-class Drafts(Protocol):
-    """Guesses of the next tokens of a completion, which one pass checks; a wrong guess costs time, never an answer."""
-
-    def propose(self, key: int, ids: list[int], limit: int) -> list[int]:
-        """At most `limit` tokens that may follow ids, the prompt and the completion so far."""
-
-    def observe(self, key: int, num_proposed: int, num_accepted: int) -> None:
-        """Take note of how a proposal did."""
-
-    def finish(self, key: int) -> None:
-        """Take note that a completion ended."""
-
-
 @dataclass(slots=True)
 class _Sequence:
     """A prompt with its completion so far."""
@@ -60,7 +49,6 @@ class _Sequence:
     ids: list[int]
     prompt_length: int
     max_length: int
-    drafted: list[int] = field(default_factory=list)
 
     def completion(self, finish_reason: Literal["stop", "length"]) -> Completion:
         return Completion(self.ids[self.prompt_length :], finish_reason)
@@ -92,7 +80,7 @@ class Engine:
         max_slots: int | None = None,
         use_adapter: bool = True,
         expected_prompts: int | None = None,
-        drafts: Drafts | None = None,
+        drafts: Drafter | None = None,
     ) -> None:
         self.eos_token_id, self.max_new_tokens, self.max_slots = eos_token_id, max_new_tokens, max_slots
         self.drafts = drafts
@@ -218,39 +206,38 @@ class Engine:
     # Decoding
 
     def _decode(self, ended: list[tuple[int, Completion]]) -> None:
-        """One pass over all slots in use."""
-        ids: list[int] = []
-        segments = []
-        for slot, sequence in enumerate(self._slots):
-            if sequence is None:
-                continue
-            sequence.drafted = self._draft(sequence)
-            end = len(sequence.ids) + len(sequence.drafted)
-            segments.append(Segment(slot, len(sequence.ids) - 1, end))
-            ids += [sequence.ids[-1], *sequence.drafted]
-        if not segments:
+        """One pass over all slots in use, which checks a draft for each where drafts pay."""
+        active = {slot: sequence for slot, sequence in enumerate(self._slots) if sequence is not None}
+        if not active:
             return
         assert self._cache is not None
+        start = time.perf_counter()
+        drafts = self._draft(list(active.values()))
+        ids: list[int] = []
+        segments = []
+        for (slot, sequence), draft in zip(active.items(), drafts, strict=True):
+            end = len(sequence.ids) + len(draft)
+            segments.append(Segment(slot, len(sequence.ids) - 1, end))
+            ids += [sequence.ids[-1], *draft]
         chosen = self._decoder.forward(self._cache, ids, segments)
+        seconds = time.perf_counter() - start
         self.num_passes += 1
-        first = 0
-        for segment in segments:
-            length = segment.end - segment.start
-            self._accept(segment.slot, chosen[first : first + length], ended)
-            first += length
+        accepted, first = [], 0
+        for slot, draft in zip(active, drafts, strict=True):
+            # A token is the model's choice if all drafted tokens before it were.
+            num_accepted = _common_prefix(draft, chosen[first:])
+            self.num_tokens += self._append(slot, chosen[first : first + num_accepted + 1], ended)
+            accepted.append(num_accepted)
+            first += 1 + len(draft)
+        if self.drafts is not None and len(active) <= MAX_DRAFT_SLOTS:
+            self.drafts.observe(accepted, seconds)
 
-    def _draft(self, sequence: _Sequence) -> list[int]:
-        limit = sequence.max_length - len(sequence.ids) - 1
-        return self.drafts.propose(sequence.key, sequence.ids, limit) if self.drafts is not None and limit > 0 else []
-
-    def _accept(self, slot: int, chosen: list[int], ended: list[tuple[int, Completion]]) -> None:
-        """Append the tokens whose predecessors were drafted as the model chooses them."""
-        sequence = self._slots[slot]
-        assert sequence is not None
-        num_accepted = _common_prefix(sequence.drafted, chosen)
-        if sequence.drafted and self.drafts is not None:
-            self.drafts.observe(sequence.key, len(sequence.drafted), num_accepted)
-        self.num_tokens += self._append(slot, chosen[: num_accepted + 1], ended)
+    def _draft(self, sequences: list[_Sequence]) -> list[list[int]]:
+        """Tokens that may follow each sequence, with the one after them within its limit."""
+        if self.drafts is None or len(sequences) > MAX_DRAFT_SLOTS:
+            return [[] for _ in sequences]
+        limits = [sequence.max_length - len(sequence.ids) - 1 for sequence in sequences]
+        return self.drafts.propose([sequence.ids for sequence in sequences], limits)
 
     def _append(self, slot: int, tokens: list[int], ended: list[tuple[int, Completion]]) -> int:
         """Append tokens to the sequence of a slot, up to EOS; returns how many, EOS included."""
@@ -266,8 +253,6 @@ class Engine:
             # Keys and values of the last token, or of tokens after EOS, were not written.
             self._resident[slot] = sequence.ids[: sequence.prompt_length]
             self._slots[slot] = None
-            if self.drafts is not None:
-                self.drafts.finish(sequence.key)
         return len(kept) + stops
 
 
@@ -287,7 +272,7 @@ def generate(
     max_new_tokens: int,
     max_slots: int | None = None,
     use_adapter: bool = True,
-    drafts: Drafts | None = None,
+    drafts: Drafter | None = None,
 ) -> list[Completion]:
     """Complete prompts greedily.
 
