@@ -7,7 +7,7 @@ import torch
 
 from lit_phi2.generation.weights import available_memory
 
-DEFAULT_SLOTS = {"cpu": 16, "cuda": 64, "mps": 16}  # more give no more tokens per second
+DEFAULT_SLOTS = {"cpu": 32, "cuda": 64, "mps": 32}  # more give no more tokens per second
 CACHE_SHARE = 0.5  # of the memory that is left
 
 
@@ -18,11 +18,11 @@ def choose_num_slots(
 
     Args:
         max_slots: model.max_slots; None for the device's default.
-        num_prompts: that wait; None where not known.
+        num_prompts: that will be submitted; None for many.
         device: where the model runs.
         slot_bytes: keys and values of one sequence; None to leave the memory out.
     """
-    num_slots = max_slots or DEFAULT_SLOTS.get(device.type, 16)
+    num_slots = max_slots or DEFAULT_SLOTS.get(device.type, 32)
     if num_prompts is not None:
         num_slots = min(num_slots, num_prompts)
     if slot_bytes is not None:

@@ -1,6 +1,6 @@
 """Decoder: one pass of new tokens through the model, over the cache.
 
-    slot 0, positions 7..8   slot 2, positions 0..41   slot 3, position 19     segments of new tokens, packed, no padding
+    slot 0, positions 7..8   slot 2, positions 0..41   slot 3, position 19     segments of new tokens, packed
       -> every block: keys and values written into the slots, then each segment attends to its slot up to its own end
       -> hidden states of the tokens asked for -> the most probable next token of each
 
@@ -49,7 +49,7 @@ class Decoder:
         self.device = weights.embed.device
         config, attn = model.config, model.model.layers[0].self_attn
         self.cache_shape = CacheShape(
-            config.num_hidden_layers, config.num_attention_heads, attn.head_dim, weights.dtype
+            config.num_hidden_layers, config.num_attention_heads, attn.head_dim, weights.cache_dtype
         )
         self.scaling = float(attn.scaling)
         self.cos, self.sin = _rotary_table(model, weights.dtype)
@@ -76,9 +76,21 @@ class Decoder:
         if wanted is not None:
             rows = [*wanted, *[0] * max(0, self.weights.min_rows - len(wanted))]
             hidden = hidden[torch.tensor(rows, device=self.device)]
-        # argmax takes the first of equal logits, as transformers does; no copy of them is made.
-        chosen: list[int] = self.weights.head(self.weights.norm(hidden)).argmax(-1).tolist()
-        return chosen[: len(ids if wanted is None else wanted)]
+        return self.choose(hidden)[: len(ids if wanted is None else wanted)]
+
+    def choose(self, hidden: Tensor) -> list[int]:
+        """The most probable next token after each of some tokens.
+
+        Args:
+            hidden: (N, D), after the last block.
+        """
+        chosen: list[int] = self.choose_on_device(hidden).tolist()
+        return chosen
+
+    def choose_on_device(self, hidden: Tensor) -> Tensor:
+        """The same as a tensor, (N,)."""
+        # Of equal logits argmax takes the first, as transformers does; no copy of them is made.
+        return self.weights.head(self.weights.norm(hidden)).argmax(-1)
 
 
 class _CacheAttention:
@@ -87,7 +99,8 @@ class _CacheAttention:
     def __init__(self, decoder: Decoder, cache: KVCache, segments: Sequence[Segment], num_padding: int) -> None:
         self.layer = 0
         self.cache, self.segments, self.num_padding, self.scaling = cache, segments, num_padding, decoder.scaling
-        slots, positions = [], []
+        slots: list[int] = []
+        positions: list[int] = []
         self.num_tokens = 0
         for segment in segments:
             length = segment.end - segment.start
@@ -99,8 +112,9 @@ class _CacheAttention:
         self.masks = [_mask(segment, decoder.device) for segment in segments]
 
     def __call__(self, qkv: Tensor) -> Tensor:
-        qkv = qkv[: self.num_tokens]
-        _apply_rotary_emb_(qkv[:, :2], self.cos, self.sin)
+        dtype, qkv = qkv.dtype, qkv[: self.num_tokens]
+        apply_rotary_emb_(qkv[:, :2], self.cos, self.sin)
+        qkv = qkv.to(self.cache.shape.dtype)
         self.cache.write(self.layer, self.slots, self.positions, qkv[:, 1:])
         outputs, first = [], 0
         cached = self.cache.slots[self.layer]
@@ -122,7 +136,7 @@ class _CacheAttention:
             first += length
         if self.num_padding:
             outputs.append(outputs[0].new_zeros(self.num_padding, *outputs[0].shape[1:]))
-        return torch.cat(outputs)
+        return torch.cat(outputs).to(dtype)
 
 
 def _mask(segment: Segment, device: torch.device) -> Tensor | None:
@@ -133,7 +147,7 @@ def _mask(segment: Segment, device: torch.device) -> Tensor | None:
     return torch.ones(length, segment.end, dtype=torch.bool, device=device).tril(segment.start)
 
 
-def _apply_rotary_emb_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+def apply_rotary_emb_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the first R elements of (N, 2, H, d), in place.
 
     Args:

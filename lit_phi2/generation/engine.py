@@ -21,11 +21,12 @@ from lit_phi2.generation.capacity import choose_num_slots
 from lit_phi2.generation.decoder import Decoder, Segment
 from lit_phi2.generation.drafts import MAX_DRAFT_SLOTS, Drafter
 from lit_phi2.generation.kv_cache import KVCache, round_up
+from lit_phi2.generation.slots import Generated, Slots, common_prefix
+from lit_phi2.generation.static_decoder import StaticDecoder
 from lit_phi2.generation.weights import prepare_weights
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
 
 MAX_PREFILL_TOKENS = 2048  # of one pass, unless a prompt alone is longer
-MIN_SHARED_PREFIX = 16  # tokens; fewer are computed again as fast as they are copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +40,6 @@ class Completion:
 
     ids: list[int]
     finish_reason: Literal["stop", "length"]
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """A prompt with its completion so far."""
-
-    key: int
-    ids: list[int]
-    prompt_length: int
-    max_length: int
-
-    def completion(self, finish_reason: Literal["stop", "length"]) -> Completion:
-        return Completion(self.ids[self.prompt_length :], finish_reason)
 
 
 class Engine:
@@ -83,7 +71,7 @@ class Engine:
         drafts: Drafter | None = None,
     ) -> None:
         self.eos_token_id, self.max_new_tokens, self.max_slots = eos_token_id, max_new_tokens, max_slots
-        self.drafts = drafts
+        self.expected_prompts, self.drafts = expected_prompts, drafts
         self.on_tokens: Callable[[int, list[int]], None] | None = None
         self.num_positions: int = model.config.max_position_embeddings
         self.num_passes = self.num_tokens = 0
@@ -91,10 +79,10 @@ class Engine:
         num_passes = None if expected_prompts is None else max_new_tokens * -(-expected_prompts // num_rows)
         weights = prepare_weights(model, use_adapter=use_adapter, num_rows=num_rows, num_passes=num_passes)
         self._decoder = Decoder(model, weights)
-        self._queue: deque[_Sequence] = deque()
-        self._slots: list[_Sequence | None] = []
-        self._resident: list[list[int]] = []  # ids whose keys and values each slot holds, also after they ended
+        self._queue: deque[Generated] = deque()
+        self._slots = Slots(0)
         self._cache: KVCache | None = None
+        self._static_decoder: StaticDecoder | None = None
 
     @property
     def waiting(self) -> int:
@@ -104,7 +92,7 @@ class Engine:
     @property
     def active(self) -> int:
         """Prompts in slots."""
-        return sum(sequence is not None for sequence in self._slots)
+        return len(self._slots.active())
 
     @property
     def num_slots(self) -> int:
@@ -128,7 +116,7 @@ class Engine:
                 f"a prompt has {len(prompt)} tokens and its completion up to {max_length - len(prompt)}; the base has "
                 f"{self.num_positions} positions. Shorten the prompt, or lower max_new_tokens."
             )
-        self._queue.append(_Sequence(key, list(prompt), len(prompt), max_length))
+        self._queue.append(Generated(key, list(prompt), len(prompt), max_length))
 
     def step(self) -> list[tuple[int, Completion]]:
         """Fill free slots with waiting prompts, then add to every slot; returns the completions that ended."""
@@ -140,128 +128,106 @@ class Engine:
 
     # Prefill
 
-    def _admit(self) -> list[int]:
-        """Give free slots to waiting prompts, of at most MAX_PREFILL_TOKENS together; returns the slots."""
+    def _admit(self) -> list[tuple[int, Generated]]:
+        """Free slots for waiting prompts, of at most MAX_PREFILL_TOKENS together."""
         self._make_room()
-        slots, num_tokens = [], 0
-        for slot in range(self.num_slots):
-            if self._slots[slot] is not None or not self._queue:
-                continue
-            sequence = self._queue[0]
-            num_tokens += len(sequence.ids)
-            if (slots and num_tokens > MAX_PREFILL_TOKENS) or sequence.max_length > self._capacity:
+        admitted: list[tuple[int, Generated]] = []
+        num_tokens = 0
+        for slot in self._slots.free():
+            num_tokens += len(self._queue[0].ids) if self._queue else 0
+            if not self._queue or (admitted and num_tokens > MAX_PREFILL_TOKENS):
                 break
-            self._slots[slot] = self._queue.popleft()
-            slots.append(slot)
-        return slots
-
-    @property
-    def _capacity(self) -> int:
-        return 0 if self._cache is None else self._cache.capacity
+            admitted.append((slot, self._queue.popleft()))
+        return admitted
 
     def _make_room(self) -> None:
         """Allocate the cache, or enlarge it for a longer prompt."""
         capacity = round_up(max(sequence.max_length for sequence in self._queue))
-        if capacity <= self._capacity:
-            return
         decoder = self._decoder
         if self._cache is None:
-            num_slots = choose_num_slots(
-                self.max_slots, len(self._queue), decoder.device, decoder.cache_shape.num_bytes(1, capacity)
-            )
+            slot_bytes = decoder.cache_shape.num_bytes(1, capacity)
+            num_slots = choose_num_slots(self.max_slots, self.expected_prompts, decoder.device, slot_bytes)
             self._cache = KVCache(decoder.cache_shape, num_slots, capacity, decoder.device)
-            self._slots, self._resident = [None] * num_slots, [[] for _ in range(num_slots)]
-        else:
-            self._cache = self._cache.grow(capacity)
+            self._slots = Slots(num_slots)
+        elif capacity > self._cache.capacity:
+            self._cache, self._static_decoder = self._cache.grow(capacity), None
+        if decoder.device.type != "cpu" and self._static_decoder is None:
+            self._static_decoder = StaticDecoder(decoder, self._cache)
 
-    def _prefill(self, slots: list[int], ended: list[tuple[int, Completion]]) -> None:
-        """Compute the prompts of slots, and choose the first token of each."""
+    def _prefill(self, admitted: list[tuple[int, Generated]], ended: list[tuple[int, Completion]]) -> None:
+        """Compute prompts in their slots, and choose the first token of each."""
         assert self._cache is not None
-        previous = [self._resident[slot] for slot in slots]
-        for slot in slots:
-            self._resident[slot] = []  # is overwritten in this pass, so nothing may be copied from it
+        slots, sequences = [slot for slot, _ in admitted], [sequence for _, sequence in admitted]
         ids: list[int] = []
         segments, last_tokens = [], []
-        for slot, own in zip(slots, previous, strict=True):
-            sequence = self._slots[slot]
-            assert sequence is not None
-            start, source = self._shared_prefix(sequence.ids, slot, own)
+        for (start, source), (slot, sequence) in zip(self._slots.fill(slots, sequences), admitted, strict=True):
             segments.append(Segment(slot, start, len(sequence.ids), source))
             ids += sequence.ids[start:]
             last_tokens.append(len(ids) - 1)
-            self._resident[slot] = sequence.ids
         chosen = self._decoder.forward(self._cache, ids, segments, last_tokens)
-        for slot, token in zip(slots, chosen, strict=True):
-            self._append(slot, [token], ended)
-
-    def _shared_prefix(self, ids: list[int], slot: int, own: list[int]) -> tuple[int, int | None]:
-        """How many first tokens a slot holds already, and which; None for the prompt's own slot."""
-        best, source = _common_prefix(ids, own), None
-        for other, resident in enumerate(self._resident):
-            if other != slot and (length := _common_prefix(ids, resident)) > best:
-                best, source = length, other
-        best = min(best, len(ids) - 1)  # the last token is computed: its hidden state chooses the first new one
-        return (best, source) if best >= MIN_SHARED_PREFIX else (0, None)
+        for (slot, sequence), token in zip(admitted, chosen, strict=True):
+            self._append(slot, sequence, [token], ended)
 
     # Decoding
 
     def _decode(self, ended: list[tuple[int, Completion]]) -> None:
         """One pass over all slots in use, which checks a draft for each where drafts pay."""
-        active = {slot: sequence for slot, sequence in enumerate(self._slots) if sequence is not None}
+        active = self._slots.active()
         if not active:
             return
-        assert self._cache is not None
         start = time.perf_counter()
-        drafts = self._draft(list(active.values()))
-        ids: list[int] = []
-        segments = []
-        for (slot, sequence), draft in zip(active.items(), drafts, strict=True):
-            end = len(sequence.ids) + len(draft)
-            segments.append(Segment(slot, len(sequence.ids) - 1, end))
-            ids += [sequence.ids[-1], *draft]
-        chosen = self._decoder.forward(self._cache, ids, segments)
+        drafts = self._draft([sequence for _, sequence in active])
+        chosen = self._verify(active, drafts) if any(drafts) or self._static_decoder is None else self._one_each(active)
         seconds = time.perf_counter() - start
         self.num_passes += 1
         accepted, first = [], 0
-        for slot, draft in zip(active, drafts, strict=True):
+        for (slot, sequence), draft in zip(active, drafts, strict=True):
             # A token is the model's choice if all drafted tokens before it were.
-            num_accepted = _common_prefix(draft, chosen[first:])
-            self.num_tokens += self._append(slot, chosen[first : first + num_accepted + 1], ended)
+            num_accepted = common_prefix(draft, chosen[first:])
+            self.num_tokens += self._append(slot, sequence, chosen[first : first + num_accepted + 1], ended)
             accepted.append(num_accepted)
             first += 1 + len(draft)
         if self.drafts is not None and len(active) <= MAX_DRAFT_SLOTS:
             self.drafts.observe(accepted, seconds)
 
-    def _draft(self, sequences: list[_Sequence]) -> list[list[int]]:
+    def _verify(self, active: list[tuple[int, Generated]], drafts: list[list[int]]) -> list[int]:
+        """The choice after the last token of each sequence, and after each token of its draft."""
+        assert self._cache is not None
+        ids: list[int] = []
+        segments = []
+        for (slot, sequence), draft in zip(active, drafts, strict=True):
+            segments.append(Segment(slot, len(sequence.ids) - 1, len(sequence.ids) + len(draft)))
+            ids += [sequence.ids[-1], *draft]
+        return self._decoder.forward(self._cache, ids, segments)
+
+    def _one_each(self, active: list[tuple[int, Generated]]) -> list[int]:
+        """The choice after the last token of each sequence, in a pass of a fixed shape."""
+        assert self._static_decoder is not None
+        last_tokens: list[tuple[int, int] | None] = [None] * len(self._slots)
+        for slot, sequence in active:
+            last_tokens[slot] = sequence.ids[-1], len(sequence.ids) - 1
+        chosen = self._static_decoder.forward(last_tokens)
+        return [chosen[slot] for slot, _ in active]
+
+    def _draft(self, sequences: list[Generated]) -> list[list[int]]:
         """Tokens that may follow each sequence, with the one after them within its limit."""
         if self.drafts is None or len(sequences) > MAX_DRAFT_SLOTS:
             return [[] for _ in sequences]
         limits = [sequence.max_length - len(sequence.ids) - 1 for sequence in sequences]
         return self.drafts.propose([sequence.ids for sequence in sequences], limits)
 
-    def _append(self, slot: int, tokens: list[int], ended: list[tuple[int, Completion]]) -> int:
+    def _append(self, slot: int, sequence: Generated, tokens: list[int], ended: list[tuple[int, Completion]]) -> int:
         """Append tokens to the sequence of a slot, up to EOS; returns how many, EOS included."""
-        sequence = self._slots[slot]
-        assert sequence is not None
         stops = self.eos_token_id in tokens
         kept = tokens[: tokens.index(self.eos_token_id)] if stops else tokens
         sequence.ids.extend(kept)
         if kept and self.on_tokens is not None:
             self.on_tokens(sequence.key, kept)
         if stops or len(sequence.ids) == sequence.max_length:
-            ended.append((sequence.key, sequence.completion("stop" if stops else "length")))
-            # Keys and values of the last token, or of tokens after EOS, were not written.
-            self._resident[slot] = sequence.ids[: sequence.prompt_length]
-            self._slots[slot] = None
+            completion = Completion(sequence.ids[sequence.prompt_length :], "stop" if stops else "length")
+            ended.append((sequence.key, completion))
+            self._slots.release(slot)
         return len(kept) + stops
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))
 
 
 def generate(

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,8 +41,9 @@ class DecodingWeights:
         blocks: as `block_forward` reads them.
         norm: (N, D) -> (N, D), before the head.
         head: (N, D) -> (N, V).
-        dtype: of hidden states, keys and values.
-        min_rows: fewest rows of a product, for which the sums of a row do not depend on the number of rows.
+        dtype: of hidden states.
+        cache_dtype: of keys and values: the model's.
+        min_rows: fewest rows of a product with which the sums of a row do not depend on the number of rows.
     """
 
     embed: Tensor
@@ -51,7 +51,27 @@ class DecodingWeights:
     norm: Linear
     head: Linear
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     min_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the layers are multiplied.
+
+    Attributes:
+        dtype: of hidden states and, where layers are copied, of the copies.
+        copies_all: every layer is a copy, its rows those of inputs.
+        merges: layers with an adapter are merged copies.
+        native_rows: up to how many rows torch multiplies bfloat16 itself, whatever `linear.py` does.
+        reasons: parts of the log line.
+    """
+
+    dtype: torch.dtype
+    copies_all: bool
+    merges: bool
+    native_rows: int
+    reasons: list[str]
 
 
 def prepare_weights(
@@ -66,44 +86,52 @@ def prepare_weights(
         num_passes: that will be made; None for many.
     """
     layers = [layer for block in model.model.layers for layer in _linear_layers(block)]
-    updates = {layer: lora_updates(layer) if use_adapter else [] for layer in layers}
-    has_adapter = any(updates.values())
-    pays = num_passes is None or num_passes >= MIN_PASSES
-    device, model_dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    dtype, reason = model_dtype, ""
-    copies_all = False
-    if device.type == "cpu" and pays:
-        numel = sum(base_layer(layer).weight.numel() for layer in [*layers, model.lm_head])
-        if _fits(4 * numel, device):
-            dtype, reason = _fastest_dtype(model.lm_head, num_rows)
-            copies_all = dtype == torch.float32
-    merged_bytes = sum(base_layer(layer).weight.nbytes for layer in layers if updates[layer])
-    merges = has_adapter and pays and (copies_all or _fits(merged_bytes, device))
-    make: Callable[[nn.Module], Linear] = partial(
-        _make_linear, updates=updates, dtype=dtype, copies_all=copies_all, merges=merges
-    )
-    _log_choice(has_adapter, merges, pays, dtype, model_dtype, reason)
+    updates = {layer: lora_updates(layer) for layer in layers} if use_adapter else {}
+    adapted = [layer for layer in layers if updates.get(layer)]
+    plan = _choose_plan(model, layers, adapted, num_rows, num_passes is None or num_passes >= MIN_PASSES)
+    if plan.reasons:
+        log.info("decoding: %s", "; ".join(plan.reasons))
+
+    def make(layer: nn.Module) -> Linear:
+        return _make_linear(layer, updates.get(layer, []), plan)
+
     return DecodingWeights(
-        embed=model.model.embed_tokens.weight,
-        blocks=[_make_block(block, make, dtype) for block in model.model.layers],
-        norm=_layer_norm(model.model.final_layernorm, dtype),
+        embed=model.model.embed_tokens.weight.detach(),
+        blocks=[_make_block(block, make, plan.dtype) for block in model.model.layers],
+        norm=_layer_norm(model.model.final_layernorm, plan.dtype),
         head=make(model.lm_head),
-        dtype=dtype,
-        min_rows=2 if copies_all else 1,  # one row is multiplied by another kernel, which adds in another order
+        dtype=plan.dtype,
+        cache_dtype=model.lm_head.weight.dtype,
+        min_rows=2 if plan.copies_all else 1,  # MKL multiplies one row by another kernel, which adds in another order
     )
 
 
-def _log_choice(
-    has_adapter: bool, merges: bool, pays: bool, dtype: torch.dtype, model_dtype: torch.dtype, reason: str
-) -> None:
-    parts = []
-    if has_adapter:
-        why = "" if merges else " (too few tokens for a copy)" if not pays else " (a copy does not fit the memory)"
-        parts.append(f"the adapter is {'merged into a copy of its layers' if merges else 'added in every pass'}{why}")
-    if dtype != model_dtype:
-        parts.append(f"{str(dtype).removeprefix('torch.')} copies of the weights: {reason}")
-    if parts:
-        log.info("decoding: %s", "; ".join(parts))
+def _choose_plan(
+    model: FusedPhiForCausalLM, layers: list[nn.Module], adapted: list[nn.Module], num_rows: int, pays: bool
+) -> _Plan:
+    head: Any = model.lm_head
+    dtype, native_rows, copies_all, reasons = head.weight.dtype, 0, False, []
+    if head.weight.device.type == "cpu" and pays:
+        numel = sum(base_layer(layer).weight.numel() for layer in [*layers, head])
+        fits = _fits(4 * numel, head.weight.device)
+        if dtype == torch.float32:
+            copies_all = fits
+        else:
+            name, speedup = _fastest_product(head, num_rows)
+            if name == "float32" and fits:
+                dtype, copies_all = torch.float32, True
+                reasons.append(f"float32 copies of the weights, which this CPU multiplies {speedup:.1f} times as fast")
+            elif name == "native":
+                native_rows = num_rows
+    if adapted:
+        num_bytes = sum(base_layer(layer).weight.nbytes for layer in adapted)
+        fits = copies_all or _fits(num_bytes, head.weight.device)
+        if pays and fits:
+            reasons.insert(0, "the adapter is merged into a copy of its layers")
+        else:
+            why = f"a copy of {num_bytes / 1e6:,.0f} MB does not fit the memory" if pays else "few tokens are expected"
+            reasons.insert(0, f"the adapter is added in every pass, because {why}")
+    return _Plan(dtype, copies_all, bool(adapted) and pays and fits, native_rows, reasons)
 
 
 def base_layer(layer: Any) -> Any:
@@ -118,7 +146,7 @@ def _linear_layers(block: Any) -> list[nn.Module]:
 def _make_block(block: Any, make: Callable[[nn.Module], Linear], dtype: torch.dtype) -> SimpleNamespace:
     """What `block_forward` reads of a Phi2Block, in eval mode."""
     wqkv, dense, fc1, fc2 = map(make, _linear_layers(block))
-    attn = SimpleNamespace(Wqkv=wqkv, dense=dense, head_dim=block.self_attn.head_dim, scaling=block.self_attn.scaling)
+    attn = SimpleNamespace(Wqkv=wqkv, dense=dense, head_dim=block.self_attn.head_dim)
     mlp = SimpleNamespace(fc1=fc1, fc2=fc2, activation_fn=block.mlp.activation_fn)
     norm = _layer_norm(block.input_layernorm, dtype)
     return SimpleNamespace(input_layernorm=norm, self_attn=attn, mlp=mlp, training=False)
@@ -130,34 +158,33 @@ def _layer_norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Linear:
     return lambda hidden: F.layer_norm(hidden, shape, weight, bias, eps)
 
 
-def _make_linear(
-    layer: nn.Module,
-    *,
-    updates: dict[nn.Module, list[LoraUpdate]],
-    dtype: torch.dtype,
-    copies_all: bool,
-    merges: bool,
-) -> Linear:
-    base, lora = base_layer(layer), updates.get(layer, [])
-    if not copies_all and not (merges and lora):
-        return partial(_unmerged, base=base, updates=lora) if lora else base.matmul
-    weight = base.weight.detach()
-    for update in lora:
+def _make_linear(layer: nn.Module, updates: list[LoraUpdate], plan: _Plan) -> Linear:
+    base = base_layer(layer)
+    if not plan.copies_all and not (plan.merges and updates):
+        return _shared_linear(base, updates, plan.native_rows)
+    weight = base.rows(slice(None)).detach()
+    for update in updates:
         weight = torch.addmm(weight.float(), update.b.float(), update.a.float(), alpha=update.scale)
-    # Rows of inputs, contiguous: MKL multiplies few rows by it half again as fast, and adds in one order for any number.
-    matrix = weight.to(dtype).t().contiguous() if copies_all else weight.to(dtype).t()
-    bias = base.bias.detach().to(dtype)
-    return lambda x: torch.addmm(bias, x, matrix)
+    bias = base.bias.detach().to(plan.dtype)
+    if plan.copies_all:
+        # Rows of inputs: MKL multiplies few rows half again as fast, and adds in one order for any number from two on.
+        matrix = weight.to(plan.dtype).t().contiguous()
+        return lambda x: torch.addmm(bias, x, matrix)
+    matrix, native_rows = weight.to(plan.dtype).t(), plan.native_rows
+    return lambda x: torch.addmm(bias, x, matrix) if len(x) <= native_rows else frozen_matmul(x, matrix, bias=bias)
 
 
-def _unmerged(x: Tensor, *, base: Any, updates: list[LoraUpdate]) -> Tensor:
-    first, *others = updates
-    out: Tensor = base.matmul(
-        x, lora_x=frozen_matmul(x, first.a.to(x.dtype).t()), lora_b=first.b.t(), scale=first.scale
-    )
-    for update in others:
-        out = out + frozen_matmul(frozen_matmul(x, update.a.to(x.dtype).t()), update.b.to(x.dtype).t()) * update.scale
-    return out
+def _shared_linear(base: Any, updates: list[LoraUpdate], native_rows: int) -> Linear:
+    """x W^T + bias with the model's own weight, and the update of every adapter."""
+
+    def product(x: Tensor) -> Tensor:
+        out = F.linear(x, base.weight, base.bias) if len(x) <= native_rows else base.matmul(x)
+        for update in updates:
+            lora_x = frozen_matmul(x, update.a.to(x.dtype).t())
+            out = out.add_(frozen_matmul(lora_x, update.b.to(x.dtype).t()), alpha=update.scale)
+        return out
+
+    return product
 
 
 def _fits(num_bytes: int, device: torch.device) -> bool:
@@ -173,28 +200,30 @@ def available_memory(device: torch.device) -> int:
     return available
 
 
-def _fastest_dtype(head: Any, num_rows: int) -> tuple[torch.dtype, str]:
-    """The dtype in which this CPU multiplies a few rows fastest, measured on a part of the head.
+def _fastest_product(head: Any, num_rows: int) -> tuple[str, float]:
+    """How this CPU multiplies a few rows by bfloat16 weights fastest, measured on a part of the head.
 
-    A float32 model stays float32: its answers are those of float32.
+    Returns:
+        native, emulated (`linear.py` in float32, chunk by chunk) or float32 (copies); and how many times as fast as
+        the better of the first two the copies are.
     """
-    weight = head.weight.detach()
-    if weight.dtype == torch.float32:
-        return weight.dtype, ""
-    weight = weight[:4096]
-    x = torch.ones(num_rows, weight.shape[1])
-    matrices = {weight.dtype: weight.t(), torch.float32: weight.float().t().contiguous()}
-    seconds = {dtype: _best_seconds(x.to(dtype), matrix) for dtype, matrix in matrices.items()}
-    speedup = seconds[weight.dtype] / seconds[torch.float32]
-    if speedup < MIN_SPEEDUP:
-        return weight.dtype, ""
-    return torch.float32, f"this CPU multiplies {num_rows} rows by them {speedup:.1f} times as fast"
+    weight = head.rows(slice(0, 4096)).detach()
+    x, copy = torch.ones(num_rows, weight.shape[1]), weight.float().t().contiguous()
+    rows = x.to(weight.dtype)
+    seconds = {
+        "native": _best_seconds(lambda: rows @ weight.t()),
+        "emulated": _best_seconds(lambda: frozen_matmul(rows, weight.t())),
+        "float32": _best_seconds(lambda: x @ copy),
+    }
+    own = min(("native", "emulated"), key=seconds.__getitem__)
+    speedup = seconds[own] / seconds["float32"]
+    return ("float32" if speedup >= MIN_SPEEDUP else own), speedup
 
 
-def _best_seconds(x: Tensor, matrix: Tensor) -> float:
+def _best_seconds(product: Callable[[], Tensor]) -> float:
     def seconds() -> float:
         start = time.perf_counter()
-        x @ matrix
+        product()
         return time.perf_counter() - start
 
-    return min(seconds() for _ in range(10))
+    return min(seconds() for _ in range(8))

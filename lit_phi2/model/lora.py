@@ -103,9 +103,10 @@ def lora_updates(layer: nn.Module) -> list[LoraUpdate]:
     """The updates that a layer adds at present: none where it has no adapter, or a disabled or merged one."""
     if not isinstance(layer, FusedLoraLinear) or layer.disable_adapters or layer.merged:
         return []
+    lora: Any = layer  # torch takes every attribute of a module for a Tensor or a module
     return [
-        LoraUpdate(layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name])
-        for name in layer.active_adapters
+        LoraUpdate(lora.lora_A[name].weight.detach(), lora.lora_B[name].weight.detach(), float(lora.scaling[name]))
+        for name in lora.active_adapters
     ]
 
 
