@@ -9,8 +9,7 @@ The index is two arrays of 4 bytes a token, whatever the length of a match. It h
 it is kept in the folder of a run and is never exported.
 """
 
-import os
-import tempfile
+import io
 import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_phi2.types import Example
+from lit_phi2.utils.files import atomic_write
 
 MAX_MATCH = 8  # tokens that a match may have; longer ones foretell no more (measured on the packaged records)
 MAX_TOKENS = 4_000_000  # of an index: 32 MB
@@ -79,15 +79,10 @@ class NgramIndex:
         return continuation
 
     def save(self, file: Path) -> None:
-        """Write the index; a reader finds the old file or the new one, and only its owner may read it."""
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # of mode 600
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                np.savez(stream, tokens=self.tokens, order=self.order)
-            os.replace(name, file)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        """Write the index in numpy's .npz form; a reader finds the old file or the new one."""
+        content = io.BytesIO()
+        np.savez(content, tokens=self.tokens, order=self.order)
+        atomic_write(file, content.getvalue())
 
     @classmethod
     def load(cls, file: Path) -> "NgramIndex | None":

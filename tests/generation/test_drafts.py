@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def greedy(model: FusedPhiForCausalLM) -> dict[tuple[int, ...], list[int]]:
     tokenizer = load_tokenizer(resolve_base_model("tiny"))
     instructions = ["What is a deductible?", "Write an appeal for claim 4417.", "List what to attach.", "Why?"]
     prompts = encode_questions(tokenizer, instructions, [""] * len(instructions), max_length=512)
-    native = AutoModelForCausalLM.from_pretrained(resolve_base_model("tiny").folder, dtype=torch.float32)
+    native: Any = AutoModelForCausalLM.from_pretrained(resolve_base_model("tiny").folder, dtype=torch.float32)
     greedy = {}
     for prompt in prompts:
         output = native.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=-1)
