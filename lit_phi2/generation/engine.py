@@ -78,7 +78,7 @@ class Engine:
         num_rows = choose_num_slots(max_slots, expected_prompts, model.lm_head.weight.device)
         num_passes = None if expected_prompts is None else max_new_tokens * -(-expected_prompts // num_rows)
         weights = prepare_weights(model, use_adapter=use_adapter, num_rows=num_rows, num_passes=num_passes)
-        self._decoder = Decoder(model, weights)
+        self.decoder = Decoder(model, weights)
         self._queue: deque[Generated] = deque()
         self._slots = Slots(0)
         self._cache: KVCache | None = None
@@ -143,7 +143,7 @@ class Engine:
     def _make_room(self) -> None:
         """Allocate the cache, or enlarge it for a longer prompt."""
         capacity = round_up(max(sequence.max_length for sequence in self._queue))
-        decoder = self._decoder
+        decoder = self.decoder
         if self._cache is None:
             slot_bytes = decoder.cache_shape.num_bytes(1, capacity)
             num_slots = choose_num_slots(self.max_slots, self.expected_prompts, decoder.device, slot_bytes)
@@ -164,7 +164,7 @@ class Engine:
             segments.append(Segment(slot, start, len(sequence.ids), source))
             ids += sequence.ids[start:]
             last_tokens.append(len(ids) - 1)
-        chosen = self._decoder.forward(self._cache, ids, segments, last_tokens)
+        chosen = self.decoder.forward(self._cache, ids, segments, last_tokens)
         for (slot, sequence), token in zip(admitted, chosen, strict=True):
             self._append(slot, sequence, [token], ended)
 
@@ -198,7 +198,7 @@ class Engine:
         for (slot, sequence), draft in zip(active, drafts, strict=True):
             segments.append(Segment(slot, len(sequence.ids) - 1, len(sequence.ids) + len(draft)))
             ids += [sequence.ids[-1], *draft]
-        return self._decoder.forward(self._cache, ids, segments)
+        return self.decoder.forward(self._cache, ids, segments)
 
     def _one_each(self, active: list[tuple[int, Generated]]) -> list[int]:
         """The choice after the last token of each sequence, in a pass of a fixed shape."""
