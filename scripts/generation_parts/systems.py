@@ -22,6 +22,7 @@ from transformers.utils import logging
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.generation.drafts import Drafter
 from lit_phi2.generation.engine import Engine
+from lit_phi2.generation.kv_cache import round_up
 from lit_phi2.generation.ngrams import build_index
 from lit_phi2.model.linear import FrozenLinear
 from lit_phi2.pretrained import resolve_base_model
@@ -114,7 +115,7 @@ class Ours(System):
             "first_token_seconds": first[0],
             "pass_seconds": seconds[1:],
             "weight_bytes": self._linear_weights() * engine.decoder.weights.dtype.itemsize,
-            "cache_bytes": engine._cache.tensor.nbytes if engine._cache is not None else 0,
+            "cache_bytes": engine.decoder.cache_shape.num_bytes(1, round_up(len(prompt) + count)),
             "dtype": str(engine.decoder.weights.dtype).removeprefix("torch."),
         }
 

@@ -1,4 +1,4 @@
-"""drafts.npz: it has the responses of the run, only its folder holds it, and answers are the same with it and without."""
+"""drafts.npz: it has the responses of its run, is in no other folder, and changes no answer."""
 
 import json
 from collections.abc import Callable
@@ -10,27 +10,26 @@ from helpers import fill_lora_b, new_data, new_module, new_trainer
 from lit_phi2.cli.main import main
 from lit_phi2.generation.drafts import MAX_DRAFT_SLOTS
 from lit_phi2.generation.ngrams import NgramIndex
+from lit_phi2.pretrained import load_tokenizer, resolve_base_model
 from lit_phi2.training.draft_index import INDEX_FILE, find_draft_index
 
 
 @pytest.fixture
 def run(phi_dir: Path, train_file: Path, tmp_path: Path) -> Path:
     """The folder of a run of one step."""
-    new_trainer(tmp_path / "runs", max_steps=1).fit(new_module(phi_dir), new_data(phi_dir, train_file))
+    new_trainer(tmp_path / "runs", keep=True, max_steps=1).fit(new_module(phi_dir), new_data(phi_dir, train_file))
     return tmp_path / "runs" / "run" / "version_0"
 
 
-def test_the_index_of_a_run_continues_its_responses(run: Path, phi_dir: Path, train_file: Path) -> None:
-    """The examples of the training split, which the data module makes without the index."""
+def test_the_index_has_the_responses_and_no_instruction(
+    run: Path, phi_dir: Path, record_rows: list[dict[str, str]]
+) -> None:
+    """The texts of the records that were trained on, found in what the index decodes to."""
     index = NgramIndex.load(run / INDEX_FILE)
-    data = new_data(phi_dir, train_file)
-    data.setup("fit")
     assert index is not None
-    for example in data.splits["train"].examples:
-        begin, end = example.prompt_length + 4, example.prompt_length + 12
-        draft, matched = index.lookup(example.ids[:begin], end - begin)
-        assert matched == 8
-        assert draft == example.ids[begin:end]
+    text = load_tokenizer(resolve_base_model(str(phi_dir))).decode(index.tokens.tolist())
+    assert all(row["response"] in text for row in record_rows)
+    assert "### Instruction" not in text
 
 
 def test_model_drafts_false_keeps_no_text(phi_dir: Path, train_file: Path, tmp_path: Path) -> None:
