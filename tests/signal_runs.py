@@ -116,7 +116,7 @@ def _child(arguments: list[str], log: Path, stop_signal: Signal | None) -> None:
 def _phases() -> dict[str, tuple[Any, str, int]]:
     """Name of a phase -> class or module, function, and into how many calls the function divides it."""
     from lit_phi2.data import load_split
-    from lit_phi2.model.phi2 import FusedPhiForCausalLM
+    from lit_phi2.generation.engine import Engine
     from lit_phi2.training import base
     from lit_phi2.training.module import LitPhi2
 
@@ -125,7 +125,7 @@ def _phases() -> dict[str, tuple[Any, str, int]]:
         "loading": (base, "load_phi2", 1),
         "validation": (LitPhi2, "validation_step", 300),
         "test": (LitPhi2, "test_step", 300),
-        "generation": (FusedPhiForCausalLM, "forward", 300),  # one call a token
+        "generation": (Engine, "step", 300),  # one call a decode step
         "training": (LitPhi2, "training_step", 300),
         "one long step": (LitPhi2, "training_step", 1),
     }

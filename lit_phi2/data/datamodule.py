@@ -60,7 +60,7 @@ class ClaimsDataModule(LightningDataModule):
             the format: .jsonl, .json, .csv, .tsv or .parquet, each also with .gz or .zst.
         val_files: null takes val_fraction of train_files; otherwise as train_files.
         test_files: as train_files.
-        predict_files: as train_files, or - for JSON Lines on standard input; the response is optional.
+        predict_files: as train_files, or - for standard input; the response is optional, and - is JSON Lines.
         instruction_field: field with the instruction; null: as the form of the file has it.
         input_field: field with the input; records may lack it.
         response_field: field with the response.

@@ -41,6 +41,7 @@ class AdapterModule(LightningModule):
         lora_dropout: on the input of LoRA's update.
         dtype: auto, bfloat16 or float32.
         max_new_tokens: of a completion.
+        max_slots: completions at the same time; None for what memory and device suggest.
         drafts: whether passes check drafts.
         seed: of new adapter weights.
 
@@ -57,6 +58,7 @@ class AdapterModule(LightningModule):
         lora_dropout: float,
         dtype: str,
         max_new_tokens: int,
+        max_slots: int | None,
         drafts: bool,
         seed: int,
     ) -> None:
@@ -67,6 +69,7 @@ class AdapterModule(LightningModule):
         self.lora_dropout = lora_dropout
         self.compute_dtype = dtype
         self.max_new_tokens = max_new_tokens
+        self.max_slots = max_slots
         self.drafts = drafts
         self.draft_index: NgramIndex | None = None
         self.seed = seed
@@ -167,6 +170,7 @@ class AdapterModule(LightningModule):
             self.fused_phi,
             eos_token_id=self.eos_token_id,
             max_new_tokens=self.max_new_tokens,
+            max_slots=self.max_slots,
             expected_prompts=expected_prompts,
             drafts=self._new_drafter(),
         )
@@ -205,6 +209,7 @@ class AdapterModule(LightningModule):
             prompts,
             eos_token_id=self.eos_token_id,
             max_new_tokens=limit,
+            max_slots=self.max_slots,
             drafts=self._new_drafter(),
         )
 

@@ -62,6 +62,7 @@ class LitPhi2(AdapterModule):
         activation_checkpointing: less memory, longer steps; activations are recomputed in backward instead of kept.
             Phi-2 over 512 tokens on a CPU: 6.9 GB instead of 8.0, 1.45 times as long.
         max_new_tokens: most tokens of a completion; in samples, test and predict.
+        max_slots: completions at the same time; null takes what memory and device suggest.
         drafts: guess tokens from training responses; answers stay the same, one at a time they come faster.
         seed: linked from seed_everything.
     """
@@ -83,6 +84,7 @@ class LitPhi2(AdapterModule):
         dtype: str = "auto",
         activation_checkpointing: bool = False,
         max_new_tokens: int = 256,
+        max_slots: int | None = None,
         drafts: bool = True,
         seed: int = 42,
     ) -> None:
@@ -93,6 +95,8 @@ class LitPhi2(AdapterModule):
         check_positive(learning_rate=learning_rate)
         if lora_plus_ratio is not None:
             check_positive(lora_plus_ratio=lora_plus_ratio)
+        if max_slots is not None:
+            check_minimum(1, max_slots=max_slots)
         super().__init__(
             base,
             adapter,
@@ -100,6 +104,7 @@ class LitPhi2(AdapterModule):
             lora_dropout=lora_dropout,
             dtype=dtype,
             max_new_tokens=max_new_tokens,
+            max_slots=max_slots,
             drafts=drafts,
             seed=seed,
         )

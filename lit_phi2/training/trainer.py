@@ -231,8 +231,8 @@ class Trainer(FitTrainer):
         Args:
             model: from the config.
             datamodule: from the config.
-            ckpt_path: a .ckpt, an exported adapter, an adapter or run folder, `last` or `best`.
-            output_dir: the folder to write, replacing an earlier export.
+            ckpt_path: a .ckpt, a folder, `last` or `best`; a folder is that of an adapter, a run or an export.
+            output_dir: folder to write; replaces an earlier export.
             format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
             dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
             check: prompts of val_files to compare answers on; 0 checks nothing.
