@@ -35,7 +35,7 @@ QUICK = {
     "draft_records": 2,
     "index_records": 50,
     "tokens": 8,
-    "max_new_tokens": 8,
+    "max_new_tokens": 24,
     "rounds": 1,
     "buffer_mib": 16,
     "in_process": True,

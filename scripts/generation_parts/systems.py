@@ -146,12 +146,10 @@ class Ours(System):
         """
         drafts = None
         if examples is not None:
-            drafts = Drafter(build_index(examples), eos_token_id=questions[0].reference[-1])
-        if forced:
-            limit = max(len(question.reference) for question in questions)
+            drafts = Drafter(build_index(examples), eos_token_id=self.eos_token_id)
         engine = Engine(
             self.module.fused_phi,
-            eos_token_id=questions[0].reference[-1],
+            eos_token_id=self.eos_token_id,
             max_new_tokens=limit,
             max_slots=1,
             drafts=drafts,
@@ -161,7 +159,7 @@ class Ours(System):
         for key, question in enumerate(questions):
             if forced:
                 engine.decoder.forward = partial(_forced, choose, question.prompt + question.reference)  # type: ignore[method-assign]
-            engine.submit(key, question.prompt)
+            engine.submit(key, question.prompt, min(limit, len(question.reference)) if forced else limit)
             while engine.waiting or engine.active:
                 ids += [completion.ids for _, completion in engine.step()]
         return {
