@@ -5,9 +5,9 @@
     accepted: d1 if d1 = c1, then d2 if d2 = c2, ...; the token after them is a choice too  ->  1 to 4 tokens
 
 Every token is the model's own greedy choice, so drafts decide only how many come out of a pass (retrieval-based
-speculative decoding, He et al. 2023, arXiv:2311.08252; prompt lookup, Saxena 2023). A pass over several tokens may round
-in another way than one over a single token, so where the best two logits differ by rounding alone, either may be chosen.
-Where weights are what a pass reads, as with few slots, a pass over 9 tokens takes little longer than one over 1.
+speculative decoding, He et al. 2023, arXiv:2311.08252; prompt lookup, Saxena 2023). A pass over several tokens may
+round in another way than one over a single token, so either may be chosen of two tokens whose logits differ by rounding
+alone. Where weights are what a pass reads, as with few slots, a pass over 9 tokens takes little longer than one over 1.
 
 Whether drafts pay differs by text and machine, so both sides are measured: how often the tokens of a match of so many
 tokens were accepted, and the time of a pass with so many drafts. What drafts have lost so far, beside passes without,
