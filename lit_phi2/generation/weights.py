@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
+from lit_phi2.model.device import cpu_bf16_instructions
 from lit_phi2.model.linear import frozen_matmul
 from lit_phi2.model.lora import LoraUpdate, lora_updates
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 MIN_PASSES = 100  # a copy takes as long as some tens of passes
 MEMORY_SHARE = 0.5  # of the available memory that a copy may take
+PACKED_ROWS = 32  # of a product that packed weights give at least; drafts need some
 MAX_ROWS = 128  # of a product of float32 copies
 MIN_SPEEDUP = 1.2  # of float32 over bfloat16: an answer should not depend on the noise of a measurement
 
@@ -63,9 +65,9 @@ class _Plan:
 
     Attributes:
         dtype: of hidden states and, where layers are copied, of the copies.
-        copies_all: every layer is a copy, its rows those of inputs.
+        copies_all: every layer is a copy: in float32, its rows those of inputs; or in bfloat16, packed.
         merges: layers with an adapter are merged copies.
-        native_rows: up to how many rows torch multiplies bfloat16 itself, whatever `linear.py` does.
+        native_rows: up to how many rows bfloat16 is multiplied as such, whatever `linear.py` does.
         reasons: parts of the log line.
     """
 
@@ -104,7 +106,9 @@ def prepare_weights(
         head=make(model.lm_head),
         dtype=plan.dtype,
         cache_dtype=model.lm_head.weight.dtype,
-        min_rows=2 if plan.copies_all else 1,  # MKL multiplies one row by another kernel, which adds in another order
+        min_rows=2
+        if plan.copies_all and plan.dtype == torch.float32
+        else 1,  # MKL multiplies one row by another kernel, which adds in another order
     )
 
 
@@ -115,16 +119,18 @@ def _choose_plan(
     dtype, native_rows, copies_all, reasons = head.weight.dtype, 0, False, []
     if head.weight.device.type == "cpu" and pays:
         numel = sum(base_layer(layer).weight.numel() for layer in [*layers, head])
-        fits = _fits(4 * numel, head.weight.device)
         if dtype == torch.float32:
-            copies_all = fits
+            copies_all = _fits(4 * numel, head.weight.device)
         else:
             name, speedup = _fastest_product(head, num_rows)
-            if name == "float32" and fits:
+            if name == "float32" and _fits(4 * numel, head.weight.device):
                 dtype, copies_all = torch.float32, True
-                reasons.append(f"float32 copies of the weights, which this CPU multiplies {speedup:.1f} times as fast")
+            elif name == "packed" and _fits(2 * numel, head.weight.device):
+                native_rows, copies_all = max(num_rows, PACKED_ROWS), True
             elif name == "native":
                 native_rows = num_rows
+            if copies_all:
+                reasons.append(f"{name} copies of the weights, which this CPU multiplies {speedup:.1f} times as fast")
     if adapted:
         num_bytes = sum(base_layer(layer).weight.nbytes for layer in adapted)
         fits = copies_all or _fits(num_bytes, head.weight.device)
@@ -168,10 +174,31 @@ def _make_linear(layer: nn.Module, updates: list[LoraUpdate], plan: _Plan) -> Li
     for update in updates:
         weight = torch.addmm(weight.float(), update.b.float(), update.a.float(), alpha=update.scale)
     bias = base.bias.detach().to(plan.dtype)
+    if plan.copies_all and plan.dtype == torch.bfloat16:
+        packed = _pack(weight.to(plan.dtype))
+        shared = _shared_linear(base, updates, 0)  # for long prompts; an unpacked merged copy would be one more model
+        native_rows = plan.native_rows
+        return lambda x: _packed_product(x, packed, bias) if len(x) <= native_rows else shared(x)
     if plan.copies_all:
         return partial(_chunked_product, matrix=weight.to(plan.dtype).t().contiguous(), bias=bias)
-    matrix, native_rows = weight.to(plan.dtype).t(), plan.native_rows
-    return lambda x: torch.addmm(bias, x, matrix) if len(x) <= native_rows else frozen_matmul(x, matrix, bias=bias)
+    return partial(_product, matrix=weight.to(plan.dtype).t(), bias=bias, native_rows=plan.native_rows)
+
+
+def _product(x: Tensor, *, matrix: Tensor, bias: Tensor, native_rows: int) -> Tensor:
+    """x matrix + bias."""
+    return torch.addmm(bias, x, matrix) if len(x) <= native_rows else frozen_matmul(x, matrix, bias=bias)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """A bfloat16 weight in the layout that oneDNN multiplies; torch's own products bring it there in every call."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias for a packed W. Private names, which torch's own compiler calls in the pinned version."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return product
 
 
 def _chunked_product(x: Tensor, *, matrix: Tensor, bias: Tensor) -> Tensor:
@@ -215,8 +242,8 @@ def _fastest_product(head: Any, num_rows: int) -> tuple[str, float]:
     """How this CPU multiplies a few rows by bfloat16 weights fastest, measured on a part of the head.
 
     Returns:
-        native, emulated (`linear.py` in float32, chunk by chunk) or float32 (copies); and how many times as fast as
-        the better of the first two the copies are.
+        native, emulated (`linear.py` in float32, chunk by chunk), packed or float32 (copies); and how many times as
+        fast as the better of the first two the best copies are.
     """
     weight = head.rows(slice(0, 4096)).detach()
     x, copy = torch.ones(num_rows, weight.shape[1]), weight.float().t().contiguous()
@@ -226,7 +253,17 @@ def _fastest_product(head: Any, num_rows: int) -> tuple[str, float]:
         "emulated": _best_seconds(lambda: frozen_matmul(rows, weight.t())),
         "float32": _best_seconds(lambda: x @ copy),
     }
+    if cpu_bf16_instructions() is not None and torch.backends.mkldnn.is_available():
+        packed = _pack(weight)
+        seconds["packed"] = _best_seconds(lambda: _packed_product(rows, packed, None))
     own = min(("native", "emulated"), key=seconds.__getitem__)
+    # Packed products give the bits of native ones; float32 must be clearly faster.
+    if (
+        "packed" in seconds
+        and seconds["packed"] < seconds[own]
+        and seconds["packed"] < MIN_SPEEDUP * seconds["float32"]
+    ):
+        return "packed", seconds[own] / seconds["packed"]
     speedup = seconds[own] / seconds["float32"]
     return ("float32" if speedup >= MIN_SPEEDUP else own), speedup
 
