@@ -103,7 +103,7 @@ class AdapterModule(LightningModule):
         """
         if self.phi is not None:
             return
-        checked, device = self.check(), self.target_device()
+        checked, device = self.checked, self.target_device()
         dtype, reason = self.choose_dtype()
         log.info("device %s, compute dtype %s: %s", device, str(dtype).removeprefix("torch."), reason)
         if device.type == "cpu":
