@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-from lit_phi2.model.device import cpu_bf16_instructions
+from lit_phi2.model.device import cpu_bf16_instructions, total_memory
 from lit_phi2.model.linear import frozen_matmul
 from lit_phi2.model.lora import LoraUpdate, lora_updates
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
@@ -230,12 +230,12 @@ def _fits(num_bytes: int, device: torch.device) -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a device has left."""
+    """Bytes that a device has left; on a CPU no more than the container's limit leaves this process."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     available: int = psutil.virtual_memory().available
-    return available
+    return max(0, min(available, total_memory() - psutil.Process().memory_info().rss))
 
 
 def _fastest_product(head: Any, num_rows: int) -> tuple[str, float]:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,7 @@ Reference = Callable[[Sequence[int], int], tuple[Completion, int]]
 NEW_TOKENS = 24
 
 
-def complete(
-    module: LitPhi2, prompts: Prompts, max_new_tokens: int = NEW_TOKENS, **settings: object
-) -> list[Completion]:
+def complete(module: LitPhi2, prompts: Prompts, max_new_tokens: int = NEW_TOKENS, **settings: Any) -> list[Completion]:
     return generate(
         module.fused_phi, prompts, eos_token_id=module.eos_token_id, max_new_tokens=max_new_tokens, **settings
     )

@@ -28,7 +28,7 @@ def test_passes_of_one_shape_choose_the_tokens_of_packed_ones(phi_dir: Path) -> 
         for slot, ids in sequences.items():
             ids += decoder.forward(cache, ids, [Segment(slot, 0, len(ids))], [len(ids) - 1])
         for _ in range(12):
-            last = [(ids[-1], len(ids) - 1) if (ids := sequences.get(slot)) else None for slot in range(4)]
+            last = [(s[-1], len(s) - 1) if (s := sequences.get(slot)) else None for slot in range(4)]
             if is_static:
                 tokens = static.forward(last)
             else:
