@@ -9,7 +9,7 @@ from lit_phi2.generation.detokenize import IncrementalDetokenizer
 
 TEXTS = [
     " The claim  was denied.\n\n  - code 97\t$120.00\n",
-    "Señora Müller’s café – 日本語 🙂👩‍👩‍👧 naïve",
+    "Señora Müller\u2019s café \u2013 日本語 🙂👩‍👩‍👧 naïve",
     "\ufffd is a character of its own\ufffd",
     "",
 ]

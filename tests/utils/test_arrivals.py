@@ -9,7 +9,7 @@ from lit_phi2.utils.arrivals import arrivals
 
 
 def test_every_item_arrives_in_order() -> None:
-    assert [item for item in arrivals(range(1000), lambda: True, ahead=3)] == list(range(1000))
+    assert list(arrivals(range(1000), lambda: True, ahead=3)) == list(range(1000))
 
 
 def test_work_goes_on_while_nothing_arrives() -> None:
