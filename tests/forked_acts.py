@@ -37,7 +37,7 @@ class Act:
 def _phases() -> dict[str, tuple[Any, str]]:
     """Name of a phase -> class or module, and function."""
     from lit_phi2.data import load_split
-    from lit_phi2.model.phi2 import FusedPhiForCausalLM
+    from lit_phi2.generation.engine import Engine
     from lit_phi2.training import base
     from lit_phi2.training.module import LitPhi2
 
@@ -47,7 +47,7 @@ def _phases() -> dict[str, tuple[Any, str]]:
         "validation": (LitPhi2, "validation_step"),
         "test": (LitPhi2, "test_step"),
         "prediction": (LitPhi2, "predict_step"),
-        "generation": (FusedPhiForCausalLM, "forward"),  # one call a token
+        "generation": (Engine, "step"),  # one call a decode step
         "training": (LitPhi2, "training_step"),
         "one long step": (LitPhi2, "training_step"),
     }

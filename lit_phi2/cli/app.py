@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_phi2.adapters.adapter import check_same_base
 from lit_phi2.adapters.checkpoint import read_adapter
-from lit_phi2.cli.arguments import check_repeated, known_keys, list_keys
+from lit_phi2.cli.arguments import check_question, check_repeated, known_keys, list_keys
 from lit_phi2.cli.checks import (
     check_callbacks,
     check_run_name,
@@ -43,7 +43,7 @@ from lit_phi2.utils.paths import expand_user, find_checkpoint
 log = logging.getLogger(__name__)
 
 TRAINER_KEYS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
-_NOT_SAVED = ("ckpt_path", "output", "output_dir", "format", "dtype", "check", "config")
+_NOT_SAVED = ("ckpt_path", "output", "instruction", "input", "output_dir", "format", "dtype", "check", "config")
 
 
 class CLI(LightningCLI):
@@ -68,11 +68,11 @@ class CLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:
-        """The subcommand of these arguments, a method of Trainer, and the arguments that the CLI fills in.
+        """The method of Trainer that is called, and the arguments that the CLI fills in.
 
-        Only this one: parsers of all of them would take most of the time from the start to the first check.
+        Only one, because the parser of each takes a third of a second to build.
         """
-        return {self.arguments[0]: {"model", "datamodule"}}  # early_answer has checked the name
+        return {self.arguments[0]: {"model", "datamodule"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys outside model, data and trainer."""
@@ -111,6 +111,8 @@ class CLI(LightningCLI):
         for path in configs:
             check_config(path, known_keys(subparser))
         check_repeated(self.arguments, known_keys(subparser), list_keys(subparser))
+        if self.arguments[0] == "predict":
+            check_question(self.arguments)
         try:
             self.config = parser.parse_args(self.arguments)
         except InputError as error:
@@ -121,7 +123,8 @@ class CLI(LightningCLI):
         if config.run_name is None:
             config.run_name = Path(configs[-1]).stem if configs else "run"
         if not configs:
-            log.info(describe_defaults(self.config.subcommand, config.model, config.data))
+            reads_data = not config.get("instruction")
+            log.info(describe_defaults(self.config.subcommand, config.model, config.data, reads_data=reads_data))
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's version would let hyperparameters of the checkpoint replace flags.

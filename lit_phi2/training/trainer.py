@@ -2,7 +2,7 @@
 
     fit         check the data -> open a folder -> validate the base -> steps -> best adapter in PEFT form
     validate    metrics on val_files             test      metrics on test_files, and its completions scored
-    predict     predictions.jsonl                inspect   statistics of the data, without a model
+    predict     predictions, or one completion   inspect   statistics of the data, without a model
     export      the adapter of a checkpoint for another runtime, checked there
 
 The CLI makes its flags from the signatures of these methods, and its help from their docstrings.
@@ -18,15 +18,19 @@ from lit_phi2.data.summary import report
 from lit_phi2.errors import IncompleteError, InputError
 from lit_phi2.evaluation.table import format_table, metric_name, to_dict
 from lit_phi2.export.exporter import export, plan_export
-from lit_phi2.pretrained import resolve_base_model
+from lit_phi2.pretrained import load_tokenizer, resolve_base_model
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.callbacks.throughput import Throughput
+from lit_phi2.training.draft_index import find_draft_index
 from lit_phi2.training.exporting import card_facts, held_out_prompts, run_and_release
 from lit_phi2.training.fit import FitTrainer
 from lit_phi2.training.module import LitPhi2
+from lit_phi2.training.output_files import STDOUT, check_format, check_streams, reads_stdin
+from lit_phi2.training.protocols import tokenizer_of
 from lit_phi2.training.run_folder import check_writable, locked, partial_file
 from lit_phi2.training.scoring import score_test_completions
+from lit_phi2.training.streaming import print_completion, print_predictions
 from lit_phi2.utils.console import print_text
 from lit_phi2.utils.files import atomic_write
 from lit_phi2.utils.paths import expand_user, run_dir_of
@@ -38,7 +42,8 @@ STOPPED = {
     "validate": "stopped. Nothing was written.",
     "test": "stopped. Nothing was written.",
     "export": "stopped. Nothing was written.",
-    "predict": "stopped. The same command continues: it keeps every batch that was completed.",
+    "predict": "stopped. The same command continues: it keeps every completion that ended.",
+    "-": "stopped. Every line that was written is complete.",
 }
 
 
@@ -80,7 +85,8 @@ class Trainer(FitTrainer):
         file = self.output_dir_for(ckpt_path) / "test_metrics.json"
         check_writable(file, str(file))
         self._prepare_evaluation("test", model, datamodule, ckpt_path)
-        collector = TestCompletions(has_adapter=model.adapter_in_use() is not None, count=max_completions)
+        has_adapter = model.adapter_in_use() is not None
+        collector = TestCompletions(has_adapter=has_adapter, count=max_completions, show_progress=self.enable_progress)
         if max_completions != 0:
             datamodule.check_context_length("test", max_completions)
             self.callbacks.append(collector)
@@ -107,34 +113,50 @@ class Trainer(FitTrainer):
         datamodule: ClaimsDataModule,
         ckpt_path: str | None = None,
         output: str | None = None,
+        instruction: str = "",
+        input: str = "",
     ) -> None:
-        """Complete the records of predict_files, greedily: one JSON object a record, in the order of the input.
+        """Complete the records of predict_files, or one instruction, greedily.
 
         Args:
             model: from the config.
             datamodule: from the config.
-            ckpt_path: the adapter to use: a .ckpt, an adapter or run folder, `last` or `best`; the base by default.
-            output: the file to write; by default predictions.jsonl in the run's folder.
+            ckpt_path: the adapter: a .ckpt, a folder, `last` or `best`; a folder is that of an adapter or a run. The
+                base by default.
+            output: a .jsonl, .csv or .parquet, or -; - is JSON Lines on standard output. By default predictions.jsonl
+                in the run's folder.
+            instruction: complete this one, on the terminal; predict_files is not read.
+            input: the document it refers to.
         """
         ckpt_path = self.find(ckpt_path)
+        if instruction or input:
+            self._answer(model, datamodule, ckpt_path, {"--instruction": instruction, "--input": input})
+            return
+        check_streams(datamodule.files["predict"], output, self.world_size)
+        if output == STDOUT:
+            self._predict_to_stdout(model, datamodule, ckpt_path)
+            return
         file = expand_user(output, "--output") if output else self.output_dir_for(ckpt_path) / "predictions.jsonl"
+        check_format(file, f"--output {file}")
         check_writable(file, f"--output {file}")
         self._prepare_evaluation("predict", model, datamodule, ckpt_path)
-        num_batches = len(datamodule.prompt_batches("predict"))
-        is_partial = self._is_limited(self.limit_predict_batches, -(-num_batches // self.world_size))
+        num_batches = len(datamodule.prompt_batches("predict").share(0, self.world_size))
+        is_partial = self._is_limited(self.limit_predict_batches, num_batches)
         file = partial_file(file) if is_partial else file
         problem = f"--output {file}: another predict is writing it. Wait until it ends, or give another --output."
         with locked(self, file.with_name(file.name + ".lock"), problem):
+            self._find_drafts(model, datamodule, ckpt_path, len(datamodule.splits["predict"].examples))
             self._predict_to(file, model, datamodule, is_partial=is_partial)
 
     def _predict_to(self, file: Path, model: LitPhi2, datamodule: ClaimsDataModule, *, is_partial: bool) -> None:
         """Complete the records into a file that no other predict writes to."""
         self.write_rejected(datamodule, file.parent)
         split = datamodule.splits["predict"]
-        writer = PredictionWriter(file, {**model.generation_fingerprint(), "prompts": split.digest})
+        fingerprint = {**model.generation_fingerprint(), "prompts": split.digest}
+        writer = PredictionWriter(file, fingerprint, show_progress=self.enable_progress)
         datamodule.completed = writer.read_completed()
         self.callbacks.append(writer)
-        if datamodule.pending():
+        if len(datamodule.pending()):
             super().predict(model, datamodule=datamodule, return_predictions=False)
             self.strategy.barrier()
         if not self.is_global_zero:
@@ -143,11 +165,44 @@ class Trainer(FitTrainer):
         if is_partial:
             log.info(
                 "trainer.limit_predict_batches or fast_dev_run leaves out %d of %d records",
-                len(split.examples) - writer.num_completions,
+                len(split.examples) - writer.summary.num_completions,
                 len(split.examples),
             )
-        message = "%d completions, %d of them stopped at max_new_tokens: %s"
-        log.info(message, writer.num_completions, writer.num_at_limit, file)
+        writer.log_summary()
+
+    def _answer(
+        self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None, question: dict[str, str]
+    ) -> None:
+        """Complete one instruction on standard output."""
+        self._prepare_streaming(model, datamodule, ckpt_path, "stopped.")
+        if self.is_global_zero:
+            prompt = model.encode_question(question)
+            self._find_drafts(model, datamodule, ckpt_path, 1)
+            model.load_for_answers()
+            print_completion(model.new_engine(expected_prompts=1), prompt, load_tokenizer(model.checked.model))
+
+    def _predict_to_stdout(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None) -> None:
+        """Complete the records on standard output; those of standard input while more are read."""
+        total, source = None, None
+        if reads_stdin(datamodule.files["predict"]):
+            self._prepare_streaming(model, datamodule, ckpt_path, STOPPED["-"])
+            source = datamodule.stream_predict_files()
+        else:
+            self._prepare_evaluation("predict", model, datamodule, ckpt_path)
+            stop_request.message = STOPPED["-"]
+            self.write_rejected(datamodule, self.output_dir_for(ckpt_path))
+            split = datamodule.splits["predict"]
+            total, source = len(split.examples), zip(split.records, split.examples, strict=True)
+        self._find_drafts(model, datamodule, ckpt_path, total)
+        model.load_for_answers()
+        print_predictions(
+            model.new_engine(expected_prompts=total),
+            source,
+            tokenizer_of(datamodule),
+            total=total,
+            skip_invalid=datamodule.on_bad_record == "skip",
+            show_progress=self.enable_progress,
+        )
 
     def inspect(self, model: LitPhi2, datamodule: ClaimsDataModule, remove_unused_caches: bool = False) -> None:
         """Print statistics of the training and validation data, the caches, and one example; no model is loaded.
@@ -218,10 +273,30 @@ class Trainer(FitTrainer):
     ) -> None:
         """Use the adapter of a checkpoint, and check model and data; the CLI has given the model the adapter before."""
         stop_request.message = STOPPED[stage]
+        self._use_adapter(model, ckpt_path)
+        self.prepare(stage, model, datamodule)
+        if stage != "predict":  # which shows records, and not batches
+            self.show_progress(Throughput())
+
+    def _prepare_streaming(
+        self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None, stop_message: str
+    ) -> None:
+        """Use the adapter of a checkpoint, and check the model, before anything is read or loaded."""
+        stop_request.message = stop_message
+        self._use_adapter(model, ckpt_path)
+        datamodule.trainer = model.trainer = self
+        model.check()
+        model.check_data(datamodule)
+
+    def _use_adapter(self, model: LitPhi2, ckpt_path: str | None) -> None:
         if ckpt_path is not None and (model.adapter != ckpt_path or model.phi is not None):
             model.load_adapter(ckpt_path)
-        self.prepare(stage, model, datamodule)
-        self.show_progress(Throughput())
+
+    def _find_drafts(
+        self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None, num_prompts: int | None
+    ) -> None:
+        if model.drafts:
+            model.draft_index = find_draft_index(self.output_dir_for(ckpt_path), datamodule, num_prompts=num_prompts)
 
     def _is_limited(self, limit: int | float, num_batches: int) -> bool:
         """Whether a limit of the Trainer, or fast_dev_run, leaves out some of the batches of each process."""

@@ -129,7 +129,7 @@ def test_prompt_batches_contain_every_prompt_once(new_data: NewData, tmp_path: P
     prompts = {index: prompt for batch in batches for index, prompt in zip(batch.indices, batch.prompts, strict=True)}
     assert prompts == {index: example.ids for index, example in enumerate(data.splits["predict"].examples)}
     lengths = [len(prompt) for batch in batches for prompt in batch.prompts]
-    assert lengths == sorted(lengths)
+    assert lengths == sorted(lengths, reverse=True)
 
 
 # Written once
