@@ -231,11 +231,11 @@ class Trainer(FitTrainer):
         Args:
             model: from the config.
             datamodule: from the config.
-            output_dir: the folder to write, replacing an earlier export.
-            ckpt_path: a .ckpt, an exported adapter, an adapter or run folder, `last` or `best`; null: the base alone.
+            output_dir: folder to write; it replaces an earlier export.
+            ckpt_path: a .ckpt, a folder, `last` or `best`; null exports the base alone.
             format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
             dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
-            check: prompts of val_files to compare answers on, 64 at most; 0 checks nothing.
+            check: prompts of val_files to compare on, 64 at most; 0 checks nothing.
         """
         if check < 0:
             raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
