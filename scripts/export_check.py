@@ -13,6 +13,7 @@ It needs Linux, and as much disk as the largest export.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import shutil
@@ -206,8 +207,13 @@ def measure(export: Export) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Path of each file in a folder -> its size."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    """Path of each file in a folder -> its size; without those that an export removes meanwhile."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
+    return sizes
 
 
 def kill_repeatedly(export: Export, undisturbed: dict[str, Any], kills: int) -> list[dict[str, Any]]:
@@ -216,21 +222,20 @@ def kill_repeatedly(export: Export, undisturbed: dict[str, Any], kills: int) -> 
     Every other time there is an earlier export, which must stay as it is. What the killed ones leave is not removed:
     the export that is run to its end must do that.
     """
-    seconds = undisturbed["seconds"] - undisturbed["seconds_before_writing"]
     points = []
     for number in range(kills):
         earlier = {"export.json": '{"files": []}'} if number % 2 else {}
         for name, text in earlier.items():
             export.folder.mkdir()
             (export.folder / name).write_text(text)
-        point = {"seconds": (number + 0.5) / kills * seconds, "earlier_export": bool(earlier)}
-        point["bytes_written"] = kill_after(export, point["seconds"])
+        point = int((number + 0.5) / kills * undisturbed["size_gb"] * 1e9)
+        written = kill_after(export, point)
         remains = {name: (export.folder / name).read_text() for name in files_of(export.folder)}
         if remains != earlier:
             export.fail(f"killed, it left {sorted(remains)}")
         shutil.rmtree(export.folder, ignore_errors=True)
-        points.append(point)
-        print(f"{export.name}: kill {number + 1} of {kills}: {point}", flush=True)
+        points.append({"bytes_written": written, "earlier_export": bool(earlier)})
+        print(f"{export.name}: kill {number + 1} of {kills}: {points[-1]}", flush=True)
     run_to_the_end(export)
     shutil.rmtree(export.folder)
     if left := export.remains():
@@ -238,14 +243,14 @@ def kill_repeatedly(export: Export, undisturbed: dict[str, Any], kills: int) -> 
     return points
 
 
-def kill_after(export: Export, seconds: float) -> int:
-    """Kill an export some seconds after it began to write; the bytes that it had written."""
-    started_ns, began = time.time_ns(), None
+def kill_after(export: Export, num_bytes: int) -> int:
+    """Kill an export when it has written so many bytes; returns how many they are by then."""
+    started_ns, is_new = time.time_ns(), False
     process = export.start()
     while process.poll() is None:
-        if began is None and export.aside.is_dir() and export.aside.stat().st_mtime_ns > started_ns:
-            began = time.monotonic()
-        if began is not None and time.monotonic() - began >= seconds:
+        # Until it is made again, the folder is what the export before left.
+        is_new = is_new or (export.aside.is_dir() and export.aside.stat().st_mtime_ns > started_ns)
+        if is_new and sum(files_of(export.aside).values()) >= num_bytes:
             children = children_of(process.pid)
             process.kill()
             process.wait()
@@ -253,7 +258,7 @@ def kill_after(export: Export, seconds: float) -> int:
                 export.fail(f"killed, it left a process running, one of {children}")
             return sum(files_of(export.aside).values())
         time.sleep(SECONDS_BETWEEN)
-    export.fail(f"ended with {process.returncode} before it was killed after {seconds:.1f} s")
+    export.fail(f"ended with {process.returncode} before it was killed after {num_bytes:,} bytes")
 
 
 def wait_until_ended(pids: list[int], seconds: float = 60.0) -> bool:

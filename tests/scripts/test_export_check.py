@@ -32,7 +32,7 @@ shutil.rmtree(out, ignore_errors=True)
 aside.rename(out)
 """
 FILL = "try:\n    out.write_bytes(bytes(200_000))\nexcept OSError as error:\n    print(error)\n"
-UNDISTURBED = {"seconds": 0.2, "seconds_before_writing": 0.0, "largest_file_gb": 200_000 / 1e9}
+UNDISTURBED = {"size_gb": 200_000 / 1e9, "largest_file_gb": 200_000 / 1e9}
 
 
 def program(code: str, folder: Path) -> Export:
