@@ -46,7 +46,6 @@ def _phases() -> dict[str, tuple[Any, str]]:
         "loading": (base, "load_phi2"),
         "validation": (LitPhi2, "validation_step"),
         "test": (LitPhi2, "test_step"),
-        "prediction": (LitPhi2, "predict_step"),
         "generation": (Engine, "step"),  # one call a decode step
         "training": (LitPhi2, "training_step"),
         "one long step": (LitPhi2, "training_step"),

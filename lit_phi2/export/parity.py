@@ -133,7 +133,7 @@ def run_reference(
     logprobs: list[Tensor] = []
     effect = 0.0
     for batch in _batches(prompts, max_tokens):
-        answers = generate(model, batch, eos_token_id=eos_token_id, max_new_tokens=max_tokens)
+        answers = generate(model, batch, eos_token_id=eos_token_id, max_new_tokens=max_tokens, max_slots=len(batch))
         ids = [each.ids + ([eos_token_id] if each.finish_reason == "stop" else []) for each in answers]
         expected = _logprobs(model, batch, ids)
         if isinstance(phi, PeftModel):

@@ -92,7 +92,8 @@ def prepare_weights(
     layers = [layer for block in model.model.layers for layer in _linear_layers(block)]
     updates = {layer: lora_updates(layer) for layer in layers} if use_adapter else {}
     adapted = [layer for layer in layers if updates.get(layer)]
-    plan = _choose_plan(model, layers, adapted, num_rows, num_passes is None or num_passes >= MIN_PASSES)
+    pays = not model.is_streamed and (num_passes is None or num_passes >= MIN_PASSES)
+    plan = _choose_plan(model, layers, adapted, num_rows, pays)
     if plan.reasons:
         log.info("decoding: %s", "; ".join(plan.reasons))
 
@@ -161,6 +162,8 @@ def _make_block(block: Any, make: Callable[[nn.Module], Linear], dtype: torch.dt
 
 
 def _layer_norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Linear:
+    if norm.weight.dtype == dtype:
+        return norm
     weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
     shape, eps = tuple(norm.normalized_shape), norm.eps
     return lambda hidden: F.layer_norm(hidden, shape, weight, bias, eps)

@@ -37,6 +37,8 @@ class FusedPhiForCausalLM(PhiForCausalLM):
         InputError: the config has grouped keys and values or normalized queries, which no Phi-2 has.
     """
 
+    is_streamed = False  # each forward of a block reads its weights, which every other block then loses
+
     def __init__(self, config: PhiConfig) -> None:
         if config.num_key_value_heads != config.num_attention_heads or config.qk_layernorm:
             raise InputError(

@@ -30,6 +30,7 @@ def load_streamed_phi2(base: BaseModel, dtype: torch.dtype, device: torch.device
     check_weights(base)
     _ = base.digest  # of the files that are read here
     model = empty_phi2(base)
+    model.is_streamed = True
     model.config.dtype = dtype
     blocks: Any = model.model.layers
     for module in (model.model.embed_tokens, model.model.final_layernorm, model.lm_head, blocks[0]):

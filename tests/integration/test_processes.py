@@ -169,12 +169,12 @@ def test_more_processes_than_records_predict_and_measure(commands: Commands) -> 
 
 
 def test_a_killed_predict_continues_on_more_processes_than_batches(commands: Commands) -> None:
-    """70 records are three batches; two processes are killed after the first, and four continue."""
+    """Each of two processes has 35 records and 32 slots; it is killed with the last 3 in work, and four continue."""
     settings = {"data__predict_files": "claims:test[:70]", "model__max_new_tokens": 16}
     expected, out = commands.root / "expected.jsonl", commands.root / "out.jsonl"
     commands.run(commands.arguments("predict", "--output", str(expected), **settings))
     predict = commands.arguments("predict", "--output", str(out), **settings)
-    halt = Act("prediction", 2, commands.root / "halted")
+    halt = Act("generation", 20, commands.root / "halted")
     halted = commands.start(predict, 2, act=halt)
     halted.wait_until(halt.mark_of(0).is_file)
     halted.kill()
