@@ -67,7 +67,10 @@ def test_both_learning_rates_follow_the_schedule(phi_dir: Path, train_file: Path
 
 
 def test_a_ratio_of_one_is_plain_lora(phi_dir: Path, train_file: Path, tmp_path: Path) -> None:
-    """Bit for bit, over 3 steps; and without the setting there is one group, as there always was."""
+    """Over 3 steps, and without the setting there is one group.
+
+    To rounding: the norm that clips the gradients adds two groups in another order. Another ratio changes all of B.
+    """
     trained = []
     for ratio in (None, 1.0):
         module = new_module(phi_dir, lora_plus_ratio=ratio)
@@ -75,7 +78,7 @@ def test_a_ratio_of_one_is_plain_lora(phi_dir: Path, train_file: Path, tmp_path:
         new_trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(module, data)
         assert len(module.trainer.optimizers[0].param_groups) == (1 if ratio is None else 2)
         trained.append(weights_of(module))
-    assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, math.nan])
