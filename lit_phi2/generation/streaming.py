@@ -36,7 +36,8 @@ class StreamedCompletion:
         num_tokens = len(self.completion.ids)
         parts = [f"{num_tokens} tokens"]
         if num_tokens > 1:  # the first is that of the prompt's pass
-            parts.append(f"{(num_tokens - 1) / max(self.seconds - self.first_seconds, 1e-9):,.3g} tokens/s")
+            speed = (num_tokens - 1) / max(self.seconds - self.first_seconds, 1e-9)
+            parts.append(f"{speed:,.{1 if speed < 10 else 0}f} tokens/s")
         parts.append(f"the first after {self.first_seconds:.2f} s" if num_tokens else f"after {self.seconds:.2f} s")
         at_limit = self.completion.finish_reason == "length"
         return ", ".join(parts) + ("; stopped at model.max_new_tokens" if at_limit else "; ended with EOS")

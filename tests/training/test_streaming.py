@@ -85,7 +85,7 @@ def test_no_control_character_reaches_a_terminal(
         (
             " Because of the plan.",
             "stop",
-            r"^\d+ tokens, [\d,.e+]+ tokens/s, the first after \d+\.\d\d s; ended with EOS$",
+            r"^\d+ tokens, [\d,.]+ tokens/s, the first after \d+\.\d\d s; ended with EOS$",
         ),
         (" Because of the", "length", r"tokens/s, .*; stopped at model\.max_new_tokens$"),
         ("", "stop", r"^0 tokens, after \d+\.\d\d s; ended with EOS$"),
