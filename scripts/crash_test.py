@@ -210,7 +210,7 @@ def newest_run(folder: Path) -> Path | None:
 
 
 def report_phases(page: Page, death: Death | None) -> None:
-    """Wrap the functions in which each phase begins and ends, and die where told."""
+    """Wrap the functions in which each phase begins and ends, and die at the chosen one."""
 
     def begin(phase: str) -> None:
         page.write(phase)

@@ -98,7 +98,7 @@ def fuse_adapter(weights: Mapping[str, Tensor], peft: PeftSettings, *, source: s
 def _check_selection(layers: Sequence[str], peft: PeftSettings, source: str) -> None:
     """Compare the layers that have weights with those that PEFT gives an adapter.
 
-    PEFT itself only warns: it drops the weights of other layers, and starts anew those that have none.
+    PEFT itself only warns: it drops the weights of other layers, and initializes those that have none.
     """
     config_file, present = f"{source}/{ADAPTER_CONFIG_FILE}", set(layers)
     for layer in layers:

@@ -150,7 +150,7 @@ class Engine:
             self._cache = KVCache(decoder.cache_shape, num_slots, capacity, decoder.device)
             self._slots = Slots(num_slots)
         elif capacity > self._cache.capacity:
-            self._cache, self._static_decoder = self._cache.grow(capacity), None
+            self._cache, self._static_decoder = self._cache.enlarged(capacity), None
         if decoder.device.type != "cpu" and self._static_decoder is None:
             self._static_decoder = StaticDecoder(decoder, self._cache)
 

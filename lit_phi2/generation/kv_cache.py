@@ -51,7 +51,7 @@ class KVCache:
         self.layers = list(self.tensor.unbind(0))
         self.slots = [[(slot[:1], slot[1:]) for slot in layer.unbind(0)] for layer in self.layers]  # (1, H, C, d) each
 
-    def grow(self, capacity: int) -> "KVCache":
+    def enlarged(self, capacity: int) -> "KVCache":
         """A cache with more positions and the same contents."""
         larger = KVCache(self.shape, self.num_slots, capacity, self.tensor.device)
         larger.tensor[..., : self.capacity, :] = self.tensor

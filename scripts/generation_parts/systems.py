@@ -59,7 +59,7 @@ class SystemSettings:
 
 
 class System:
-    """A loaded system; `complete` is what every one has."""
+    """A loaded system, whose methods a Worker calls by name."""
 
     def __init__(self, settings: SystemSettings) -> None:
         if settings.threads:
@@ -67,10 +67,6 @@ class System:
         logging.disable_progress_bar()
         self.settings = settings
         self.now = CLOCKS[settings.clock]
-
-    def complete(self, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
-        """New tokens of each prompt, at most its limit, in order."""
-        raise NotImplementedError
 
 
 class Ours(System):
@@ -91,6 +87,7 @@ class Ours(System):
         )
 
     def complete(self, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """New tokens of each prompt, at most its limit, in order."""
         engine = self.engine(limits)
         for key in sorted(range(len(prompts)), key=lambda key: len(prompts[key]), reverse=True):
             engine.submit(key, prompts[key], limits[key])

@@ -22,7 +22,7 @@ from lit_phi2.pretrained import BaseModel
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 IDS, POSITIONS = torch.arange(3, 43)[None], torch.arange(40)[None]
-# Name -> what PEFT was told; the rank and alpha of the fused layers.
+# Name -> arguments of LoraConfig; the rank and alpha of the fused layers.
 VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "own A": ({"target_modules": QKV}, 12, 24),
     "with the MLP": ({"target_modules": [*QKV, "fc1", "fc2"]}, 12, 24),
@@ -64,7 +64,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
-# Name -> what PEFT was told; the layers that then have an adapter, of 2 blocks of as many kinds.
+# Name -> arguments of LoraConfig; the layers that then have an adapter, of 2 blocks of as many kinds.
 PARTIAL: dict[str, tuple[dict[str, Any], str]] = {
     "one block": ({"target_modules": [*QKV, "fc1"], "layers_to_transform": [1]}, "2 of the 4"),
     "one block by number": ({"target_modules": ["v_proj", "fc2"], "layers_to_transform": 0}, "2 of the 4"),

@@ -36,7 +36,7 @@ def test_tokens_are_written_at_their_slots_and_positions() -> None:
 def test_a_grown_cache_has_the_same_contents() -> None:
     cache = KVCache(CacheShape(2, 3, 4, torch.float32), num_slots=2, capacity=8, device=CPU)
     cache.tensor.normal_()
-    larger = cache.grow(16)
+    larger = cache.enlarged(16)
     assert torch.equal(larger.tensor[..., :8, :], cache.tensor)
     assert not larger.tensor[..., 8:, :].any()
 
