@@ -1,7 +1,7 @@
 """TrainingData: what the model, the callbacks and the Trainer use of the data module.
 
     LitPhi2       base, max_new_tokens, seed, batching, steps_per_epoch, num_training_batches, fingerprint
-    callbacks     splits, tokenizer, prompt_batches
+    callbacks     splits, tokenizer, prompt_batches, output_kinds
     Trainer       splits, tokenizer, training_records
 
 Lightning types `trainer.datamodule` as Any; `training_data(trainer)` gives it this type, so that mypy checks every use.
@@ -25,6 +25,7 @@ class TrainingData(Protocol):
     base: str
     max_new_tokens: int
     seed: int
+    output_kinds: frozenset[str]  # of identifiers that samples and predictions show as placeholders
 
     @property
     def splits(self) -> dict[str, Split]:

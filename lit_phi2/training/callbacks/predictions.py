@@ -16,7 +16,7 @@ import json
 import logging
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
+from lit_phi2.audit.redaction import redact, redacted_id
 from lit_phi2.data.records import Record
 from lit_phi2.data.splits import Split
 from lit_phi2.errors import IncompleteError
+from lit_phi2.training.protocols import training_data
 from lit_phi2.types import Example, PromptBatch
 from lit_phi2.utils.files import atomic_write
 
@@ -40,15 +42,18 @@ class PredictionWriter(Callback):
     Args:
         file: to write, replaced if it exists.
         fingerprint: everything that decides the completions: model and prompts.
+        kinds: of identifiers that are written as placeholders.
 
     Attributes:
         num_completions: written to the file.
         num_at_limit: those that stopped at max_new_tokens.
     """
 
-    def __init__(self, file: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, file: Path, fingerprint: dict[str, Any], kinds: Collection[str] = ()) -> None:
         self.file = file
-        self.work = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+        self.kinds = kinds
+        work = fingerprint | ({"redacted": sorted(kinds)} if kinds else {})
+        self.work = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
         self.num_completions = 0
         self.num_at_limit = 0
 
@@ -72,6 +77,10 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        records = training_data(trainer).splits["predict"].records
+        for output in outputs:
+            texts = [*_texts(records[output["index"]]), output["completion"]]
+            output["completion"] = redact(texts, self.kinds).texts[-1]
         lines = [json.dumps(output, ensure_ascii=False) + "\n" for output in outputs]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_name(f"{self.file.name}.{self.work}.part{trainer.global_rank}")
@@ -120,7 +129,7 @@ class PredictionWriter(Callback):
                 completion = json.loads(files[number].readline())
                 self.num_completions += 1
                 self.num_at_limit += completion["finish_reason"] == "length"
-                prediction = to_prediction(split.records[index], split.examples[index], completion)
+                prediction = to_prediction(split.records[index], split.examples[index], completion, self.kinds)
                 yield json.dumps(prediction, ensure_ascii=False) + "\n"
         finally:
             for file in files:
@@ -143,19 +152,27 @@ def _iter_part(part: Path) -> Iterator[tuple[int, int]]:
             offset += len(line)
 
 
-def to_prediction(record: Record, example: Example, completion: dict[str, Any]) -> dict[str, Any]:
+def to_prediction(
+    record: Record, example: Example, completion: dict[str, Any], kinds: Collection[str] = ()
+) -> dict[str, Any]:
     """A line of predictions.jsonl.
 
     Args:
         record: `reference` is written only if it has a response.
         example: `truncated` is written only if the prompt was shortened.
         completion: a line of a .part file.
+        kinds: of identifiers that are written as placeholders.
     """
+    instruction, input, reference = redact(_texts(record), kinds).texts
     return {
-        "id": record.id,
-        "instruction": record.instruction,
-        "input": record.input,
-        **({"reference": record.response} if record.response else {}),
+        "id": redacted_id(record.id, record.location, kinds),
+        "instruction": instruction,
+        "input": input,
+        **({"reference": reference} if reference else {}),
         **{name: completion[name] for name in ("completion", "finish_reason", "new_tokens")},
         **({"truncated": True} if example.truncated else {}),
     }
+
+
+def _texts(record: Record) -> list[str]:
+    return [record.instruction, record.input, record.response]
