@@ -34,10 +34,12 @@ _STATE = {
     "target_modules": TEXTS,
     "use_rslora": one_of(True, False),
     "template_version": integer(0, 2**31 - 1),
+    "template_digest": TEXT,
     "run": OBJECT,
     "environment": OBJECT,
     "accumulate_grad_batches": integer(1, 2**31 - 1),
 }
+_LATER = {"use_rslora", "template_digest"}  # older checkpoints have none
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -91,7 +93,7 @@ def check_checkpoint(checkpoint: dict[str, Any], *, source: str) -> Adapter:
             f"{CHECKPOINT_FORMAT}. Train again, or remove lit_phi2.json from the run's adapter folder and start from "
             "that with --model.adapter."
         )
-    check_values(state, _STATE, source=source, required=_STATE.keys() - {"use_rslora"})  # once there was none
+    check_values(state, _STATE, source=source, required=_STATE.keys() - _LATER)
     return adapter_from_state(state, weights)
 
 
@@ -105,6 +107,7 @@ def adapter_to_state(adapter: Adapter) -> dict[str, Any]:
         "target_modules": list(adapter.settings.target_modules),
         "use_rslora": adapter.settings.use_rslora,
         "template_version": adapter.template_version,
+        "template_digest": adapter.template_digest,
     }
 
 
@@ -117,4 +120,5 @@ def adapter_from_state(state: Mapping[str, Any], weights: Mapping[str, Tensor]) 
         ),
         base={key: state[key] for key in ("base", "base_revision", "base_digest")},
         template_version=state["template_version"],
+        template_digest=state.get("template_digest", ""),
     )

@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "predict": "Complete the records of predict_files, greedily: one JSON object a record, in the order of the input.",
     "inspect": "Print statistics of the training and validation data, the caches, and one example; no model is loaded.",
     "export": "Write an adapter, or the merged model, for another runtime, and check it there.",
+    "verify": "Check an adapter, an export or a run against its provenance, or look up records in its ledger.",
 }
 _OTHER_NAMES = {
     "fit": "train training finetune fine-tune fine_tune tune learn run start resume continue",
@@ -27,6 +28,7 @@ _OTHER_NAMES = {
     "predict": "prediction generate generation infer inference complete completion answer ask chat sample",
     "inspect": "data dataset stats statistics show check info preview describe",
     "export": "save convert merge write",
+    "verify": "provenance ledger check sign signature replay reproduce",
 }
 _HELP = """\
 usage: lit-phi2 SUBCOMMAND [--config FILE ...] [--KEY VALUE ...]

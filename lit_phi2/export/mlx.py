@@ -8,6 +8,7 @@ with both forms is written beside the adapter.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
@@ -30,7 +31,7 @@ _MLX_DEFAULTS = {"partial_rotary_factor": 0.4, "rope_theta": 10000.0}
 _GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # the same function
 
 
-def write_mlx_adapter(adapter: Adapter, num_layers: int, folder: Path) -> None:
+def write_mlx_adapter(adapter: Adapter, num_layers: int, folder: Path, provenance: Mapping[str, str] = {}) -> None:
     """Write the adapter; its weights are float32, transposed and otherwise as they are."""
     pairs, settings = lora_pairs(adapter), adapter.settings
     scale = lora_scale(settings)
@@ -49,7 +50,7 @@ def write_mlx_adapter(adapter: Adapter, num_layers: int, folder: Path) -> None:
         },
         MLX_KEY: adapter_metadata(adapter, num_layers),
     }
-    (folder / MLX_WEIGHTS_FILE).write_bytes(save(tensors, {"format": "mlx"}))
+    (folder / MLX_WEIGHTS_FILE).write_bytes(save(tensors, {"format": "mlx", **provenance}))
     (folder / MLX_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 

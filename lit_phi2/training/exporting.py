@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import yaml
 
+from lit_phi2.adapters.adapter import Adapter
+from lit_phi2.adapters.checkpoint import read_checkpoint
+from lit_phi2.audit.provenance import adapter_predicate, read_statement, run_predicate
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts
@@ -23,7 +26,7 @@ from lit_phi2.export.exporter import ExportPlan
 from lit_phi2.export.parity import CHECK_TOKENS, Reference, run_reference
 from lit_phi2.model.device import choose_dtype
 from lit_phi2.training.base import check_base, load_base
-from lit_phi2.utils.paths import run_dir_of
+from lit_phi2.utils.paths import GGUF_SUFFIX, run_dir_of
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,14 @@ def card_facts(ckpt_path: Path, datamodule: ClaimsDataModule) -> CardFacts:
     run_dir = run_dir_of(ckpt_path)
     config = _read_config(run_dir / "config.yaml")
     return CardFacts(_count_records(config, datamodule), _read_metrics(run_dir / "test_metrics.json"), config)
+
+
+def source_predicate(ckpt_path: Path, adapter: Adapter) -> dict[str, Any]:
+    """The provenance of a checkpoint or an adapter: that of its run, that beside it, or what it says itself."""
+    if ckpt_path.is_file() and ckpt_path.suffix != GGUF_SUFFIX:
+        return run_predicate(read_checkpoint(ckpt_path)[1], run_dir_of(ckpt_path))
+    statement = read_statement(ckpt_path if ckpt_path.is_dir() else ckpt_path.parent)
+    return dict(statement["predicate"]) if statement else adapter_predicate(adapter, adapter.base)
 
 
 def _count_records(config: Mapping[str, Any], datamodule: ClaimsDataModule) -> dict[str, int]:

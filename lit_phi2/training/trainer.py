@@ -4,6 +4,7 @@
     validate    metrics on val_files             test      metrics on test_files, and its completions scored
     predict     predictions.jsonl                inspect   statistics of the data, without a model
     export      the adapter of a checkpoint for another runtime, checked there
+    verify      files, base, data and signature against provenance.json; records against the ledger
 
 The CLI makes its flags from the signatures of these methods, and its help from their docstrings.
 """
@@ -13,6 +14,7 @@ import logging
 from pathlib import Path
 
 from lit_phi2.adapters.checkpoint import read_adapter
+from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance, provenance_folders
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.summary import report
 from lit_phi2.errors import InputError
@@ -22,11 +24,13 @@ from lit_phi2.pretrained import resolve_base_model
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.callbacks.throughput import Throughput
-from lit_phi2.training.exporting import card_facts, held_out_prompts, run_and_release
+from lit_phi2.training.exporting import card_facts, held_out_prompts, run_and_release, source_predicate
 from lit_phi2.training.fit import FitTrainer
+from lit_phi2.training.ledger import write_test_ledger
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.run_folder import check_writable, locked, partial_file
 from lit_phi2.training.scoring import score_test_completions
+from lit_phi2.training.verifying import print_record_uses, print_verification
 from lit_phi2.utils.console import print_text
 from lit_phi2.utils.files import atomic_write
 from lit_phi2.utils.paths import expand_user, run_dir_of
@@ -38,6 +42,7 @@ STOPPED = {
     "validate": "stopped. Nothing was written.",
     "test": "stopped. Nothing was written.",
     "export": "stopped. Nothing was written.",
+    "verify": "stopped. Nothing was written.",
     "predict": "stopped. The same command continues: it keeps every batch that was completed.",
 }
 
@@ -100,6 +105,7 @@ class Trainer(FitTrainer):
             print_text("\n" + format_table(table))
         atomic_write(file, json.dumps(metrics | {"completions": to_dict(table)}, indent=2) + "\n")
         log.info("test metrics: %s", file)
+        write_test_ledger(self, file.parent)
 
     def predict(
         self,
@@ -131,7 +137,9 @@ class Trainer(FitTrainer):
         """Complete the records into a file that no other predict writes to."""
         self.write_rejected(datamodule, file.parent)
         split = datamodule.splits["predict"]
-        writer = PredictionWriter(file, {**model.generation_fingerprint(), "prompts": split.digest})
+        writer = PredictionWriter(
+            file, {**model.generation_fingerprint(), "prompts": split.digest}, datamodule.output_kinds
+        )
         datamodule.completed = writer.read_completed()
         self.callbacks.append(writer)
         if datamodule.pending():
@@ -170,6 +178,7 @@ class Trainer(FitTrainer):
         format: str = "peft",
         dtype: str | None = None,
         check: int = 8,
+        sign: str | None = None,
     ) -> None:
         """Write an adapter, or the merged model, for another runtime, and check it there.
 
@@ -181,6 +190,7 @@ class Trainer(FitTrainer):
             format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
             dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
             check: prompts of val_files to compare answers on; 0 checks nothing.
+            sign: a private key that signs every file of the export.
         """
         if check < 0:
             raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
@@ -189,14 +199,55 @@ class Trainer(FitTrainer):
         stop_request.message = STOPPED["export"]
         ckpt_path = str(self.find(ckpt_path))
         folder = expand_user(output_dir, "--output_dir")
+        check_provenance(*provenance_folders(Path(ckpt_path)))
         adapter, base = read_adapter(Path(ckpt_path)), resolve_base_model(model.base)
-        plan = plan_export(adapter, base, folder, format=format, dtype=dtype, source=f"--ckpt_path {ckpt_path}")
+        plan = plan_export(
+            adapter,
+            base,
+            folder,
+            format=format,
+            dtype=dtype,
+            source=f"--ckpt_path {ckpt_path}",
+            predicate=source_predicate(Path(ckpt_path), adapter),
+            sign=expand_user(sign, "--sign") if sign else None,
+        )
         datamodule.trainer, reference = self, None
         if check > 0:
             prompts = held_out_prompts(datamodule, check, plan.weights.config.max_position_embeddings)
             device = self.strategy.root_device
             reference = run_and_release(plan, ckpt_path, prompts, dtype=model.compute_dtype, device=device)
         export(plan, reference, card_facts(Path(ckpt_path), datamodule))
+
+    def verify(
+        self,
+        model: LitPhi2,
+        datamodule: ClaimsDataModule,
+        ckpt_path: str,
+        record: str | None = None,
+        replay: bool = False,
+        public_key: str | None = None,
+    ) -> None:
+        """Check an adapter, an export or a run against its provenance, or look up records in its ledger.
+
+        Args:
+            model: from the config; by default that of the run.
+            datamodule: from the config.
+            ckpt_path: a .ckpt, an adapter, export or run folder, `last` or `best`.
+            record: a file of records; prints whether each was trained on, in which steps. Nothing else is checked.
+            replay: true also trains the run again, and compares the adapters.
+            public_key: of the key of export --sign.
+        """
+        if not self.is_global_zero:
+            return
+        stop_request.message = STOPPED["verify"]
+        datamodule.trainer = self
+        if record is not None:
+            print_record_uses(datamodule, record, Path(str(self.find(ckpt_path))))
+            return
+        has_provenance = (Path(ckpt_path) / PROVENANCE_FILE).is_file()
+        path = Path(ckpt_path if has_provenance else str(self.find(ckpt_path)))
+        key = expand_user(public_key, "--public_key") if public_key else None
+        print_verification(path, model.base, datamodule, public_key=key, replay_run=replay)
 
     def output_dir_for(self, ckpt_path: str | None) -> Path:
         """The folder that a subcommand other than fit writes to; without a checkpoint, that of this Trainer's fit."""
@@ -213,6 +264,8 @@ class Trainer(FitTrainer):
         stop_request.message = STOPPED[stage]
         if ckpt_path is not None and (model.adapter != ckpt_path or model.phi is not None):
             model.load_adapter(ckpt_path)
+        if ckpt_path is not None and self.is_global_zero:
+            check_provenance(*provenance_folders(Path(ckpt_path)))
         self.prepare(stage, model, datamodule)
         self.show_progress(Throughput())
 
