@@ -18,7 +18,7 @@ from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance, provena
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.summary import report
 from lit_phi2.errors import InputError
-from lit_phi2.evaluation.table import format_table, metric_name, to_dict
+from lit_phi2.evaluation.table import format_table, metric_name, to_dict, without_groups
 from lit_phi2.export.exporter import export, plan_export
 from lit_phi2.pretrained import resolve_base_model
 from lit_phi2.training.callbacks.completions import TestCompletions
@@ -97,12 +97,12 @@ class Trainer(FitTrainer):
         if self._is_limited(self.limit_test_batches, len(datamodule.test_dataloader())):
             file = partial_file(file)
         table = score_test_completions(collector.completions, datamodule, max_completions)
-        for name, interval in next(iter(table.values()), {}).items():
+        for name, interval in next(iter(without_groups(table).values()), {}).items():
             if not name.startswith("category "):  # categories are in the table and in the file
                 metrics[metric_name(name)] = interval.mean
         self._print_metrics(metrics)
         if table:
-            print_text("\n" + format_table(table))
+            print_text("\n" + format_table(without_groups(table)))
         atomic_write(file, json.dumps(metrics | {"completions": to_dict(table)}, indent=2) + "\n")
         log.info("test metrics: %s", file)
         write_test_ledger(self, file.parent)
