@@ -46,8 +46,10 @@ from lit_phi2.utils.paths import expand_user, find_checkpoint
 log = logging.getLogger(__name__)
 
 TRAINER_KEYS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
-_NOT_SAVED = ("ckpt_path", "output", "output_dir", "format", "dtype", "check", "sign")
-_NOT_SAVED += ("record", "replay", "public_key", "config")
+_NOT_SAVED = (
+    *("ckpt_path", "output", "output_dir", "format", "dtype", "check", "sign", "config"),
+    *("record", "replay", "public_key"),
+)
 
 
 class CLI(LightningCLI):
@@ -166,7 +168,7 @@ class CLI(LightningCLI):
         checkpoint = find_checkpoint(name, root, config.run_name, prefer=prefer)
         log.info("checkpoint: %s", checkpoint)
         config.ckpt_path = str(checkpoint)
-        if self.subcommand in ("validate", "test", "predict"):
+        if self.subcommand in ("validate", "test", "predict", "audit"):
             self._adopt_checkpoint_settings(checkpoint)
         elif self.subcommand == "fit" and checkpoint.is_file():  # before the data is read
             base = resolve_base_model(config.model.base)

@@ -19,7 +19,8 @@ SUBCOMMANDS = {
     "predict": "Complete the records of predict_files, greedily: one JSON object a record, in the order of the input.",
     "inspect": "Print statistics of the training and validation data, the caches, and one example; no model is loaded.",
     "export": "Write an adapter, or the merged model, for another runtime, and check it there.",
-    "verify": "Check an adapter, an export or a run against its provenance, or look up records in its ledger.",
+    "audit": "Rank the training records that an adapter learned badly or by heart, duplicates and suspect responses.",
+    "verify": "Check a run, an adapter or an export, or look up which records were trained on.",
 }
 _OTHER_NAMES = {
     "fit": "train training finetune fine-tune fine_tune tune learn run start resume continue",
@@ -28,6 +29,7 @@ _OTHER_NAMES = {
     "predict": "prediction generate generation infer inference complete completion answer ask chat sample",
     "inspect": "data dataset stats statistics show check info preview describe",
     "export": "save convert merge write",
+    "audit": "clean dedup duplicates labels leakage",
     "verify": "provenance ledger check sign signature replay reproduce",
 }
 _HELP = """\

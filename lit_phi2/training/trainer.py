@@ -4,6 +4,7 @@
     validate    metrics on val_files             test      metrics on test_files, and its completions scored
     predict     predictions.jsonl                inspect   statistics of the data, without a model
     export      the adapter of a checkpoint for another runtime, checked there
+    audit       suspect records by path:line
     verify      files, base, data and signature against provenance.json; records against the ledger
 
 The CLI makes its flags from the signatures of these methods, and its help from their docstrings.
@@ -14,6 +15,7 @@ import logging
 from pathlib import Path
 
 from lit_phi2.adapters.checkpoint import read_adapter
+from lit_phi2.audit.duplicates import check_installed
 from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance, provenance_folders
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.summary import report
@@ -21,6 +23,7 @@ from lit_phi2.errors import InputError
 from lit_phi2.evaluation.table import format_table, metric_name, to_dict, without_groups
 from lit_phi2.export.exporter import export, plan_export
 from lit_phi2.pretrained import resolve_base_model
+from lit_phi2.training.auditing import RECORDS_FILE, audit_split_records
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.callbacks.throughput import Throughput
@@ -43,6 +46,7 @@ STOPPED = {
     "test": "stopped. Nothing was written.",
     "export": "stopped. Nothing was written.",
     "verify": "stopped. Nothing was written.",
+    "audit": "stopped. Nothing was written.",
     "predict": "stopped. The same command continues: it keeps every batch that was completed.",
 }
 
@@ -185,12 +189,12 @@ class Trainer(FitTrainer):
         Args:
             model: from the config.
             datamodule: from the config.
-            ckpt_path: a .ckpt, an exported adapter, an adapter or run folder, `last` or `best`.
-            output_dir: the folder to write, replacing an earlier export.
+            ckpt_path: a .ckpt; an exported adapter, an adapter or run folder, `last` or `best`.
+            output_dir: the folder to write; an earlier export in it is replaced.
             format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
             dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
             check: prompts of val_files to compare answers on; 0 checks nothing.
-            sign: a private key that signs every file of the export.
+            sign: a private key that signs the export; every file of it.
         """
         if check < 0:
             raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
@@ -227,14 +231,14 @@ class Trainer(FitTrainer):
         replay: bool = False,
         public_key: str | None = None,
     ) -> None:
-        """Check an adapter, an export or a run against its provenance, or look up records in its ledger.
+        """Check a run, an adapter or an export, or look up which records were trained on.
 
         Args:
             model: from the config; by default that of the run.
             datamodule: from the config.
-            ckpt_path: a .ckpt, an adapter, export or run folder, `last` or `best`.
+            ckpt_path: a .ckpt; a folder with an adapter, an export or a run, `last` or `best`.
             record: a file of records; prints whether each was trained on, in which steps. Nothing else is checked.
-            replay: true also trains the run again, and compares the adapters.
+            replay: true also trains the run again; the adapters are compared.
             public_key: of the key of export --sign.
         """
         if not self.is_global_zero:
@@ -248,6 +252,33 @@ class Trainer(FitTrainer):
         path = Path(ckpt_path if has_provenance else str(self.find(ckpt_path)))
         key = expand_user(public_key, "--public_key") if public_key else None
         print_verification(path, model.base, datamodule, public_key=key, replay_run=replay)
+
+    def audit(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str, what: str = "records") -> None:
+        """Rank the training records that an adapter learned badly or by heart, duplicates and suspect responses.
+
+        Args:
+            model: from the config.
+            datamodule: from the config.
+            ckpt_path: the adapter: a .ckpt, an adapter or run folder, `last` or `best`.
+            what: records.
+        """
+        if what != "records":
+            raise InputError(f"--what {what}: is unknown; expected records.")
+        if self.world_size > 1:
+            raise InputError("audit: runs on one device; give --trainer.devices 1.")
+        path = str(self.find(ckpt_path))
+        file = self.output_dir_for(path) / RECORDS_FILE
+        check_writable(file, str(file))
+        check_installed()
+        stop_request.message = STOPPED["audit"]
+        if model.adapter != path or model.phi is not None:
+            model.load_adapter(path)
+        datamodule.trainer = model.trainer = self
+        model.check()
+        datamodule.setup("fit")
+        model.configure_model()
+        model.to(self.strategy.root_device)
+        audit_split_records(model, datamodule, file.parent)
 
     def output_dir_for(self, ckpt_path: str | None) -> Path:
         """The folder that a subcommand other than fit writes to; without a checkpoint, that of this Trainer's fit."""

@@ -74,8 +74,8 @@ class SampleWriter(Callback):
         with self.file.open("ab") as file:
             for index, (example, completion) in enumerate(zip(examples, completions, strict=True)):
                 prompt = tokenizer.decode(example.ids[: example.prompt_length])
-                texts = [prompt, split.records[index].response, tokenizer.decode(completion.ids)]
-                sample = {
+                texts = [str(prompt), split.records[index].response, str(tokenizer.decode(completion.ids))]
+                sample: dict[str, object] = {
                     "step": step,
                     "id": redacted_id(example.id, example.location, data.output_kinds),
                     **dict(
