@@ -29,8 +29,7 @@ usage: lit-phi2 {subcommand} [--config FILE ...] [--KEY VALUE ...]
 A key is a flag, as in --model.lora_r 8, or in a YAML file: model: {{lora_r: 8}}.
 """
 _MORE = """
---help.model and --help.data print all about these keys, --help.trainer those of
-Lightning's Trainer, such as trainer.max_epochs, max_steps, devices, callbacks."""
+--help.model, --help.data, --help.trainer (max_epochs ...) print all of these."""
 
 
 def requested_help(parser: Any, subcommand: str, arguments: Sequence[str]) -> str | None:

@@ -75,7 +75,8 @@ class ClaimsDataModule(LightningDataModule):
             rejected.jsonl.
         cache_dir: folder for the tokens of large files; those above 64 MiB are stored, with their texts. null takes the
             folder cache in trainer.default_root_dir.
-        redact: identifiers to replace, such as [ssn, npi], or all; by placeholders, before anything else is done.
+        redact: kinds of identifiers to replace; all, or a list such as [ssn, npi]; placeholders take their places
+            before anything else is done.
         redact_output: the same for samples and predictions alone.
         base: linked from model.base.
         max_new_tokens: linked from model.max_new_tokens.
