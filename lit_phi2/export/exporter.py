@@ -226,13 +226,14 @@ def _describe(plan: ExportPlan, folder: Path, check: Check, facts: CardFacts) ->
         load=_command(plan, plan.output_dir.name, public=True),
         facts=facts,
     )
+    written = {path.name for path in folder.iterdir()} | {"README.md", PROVENANCE_FILE}
     report = {
         "format": plan.format,
         "dtype": plan.dtype,
         "fingerprints": fingerprints,
         "check": {"method": check.method, "summary": check.summary} | (asdict(check.parity) if check.parity else {}),
         "versions": runtime_versions(),
-        "files": sorted({path.name for path in folder.iterdir()} | {"README.md", PROVENANCE_FILE, SIGNATURE_FILE}),
+        "files": sorted(written | {SIGNATURE_FILE} if plan.sign else written),
     }
     (folder / "README.md").write_text(card, "utf-8")
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")

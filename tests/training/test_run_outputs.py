@@ -41,6 +41,9 @@ def test_a_run_writes_scalars_samples_checkpoints_and_adapter(
         "adapter",
         "checkpoints",
         "config.yaml",
+        "ledger.parquet",
+        "ledger_key.json",
+        "provenance.json",
         "samples.jsonl",
         next(folder.glob("events.out.tfevents*")).name,
     }
