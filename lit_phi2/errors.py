@@ -2,6 +2,7 @@
 
     2           InputError       config, arguments or data must change
     3           VerificationError  `verify` found files that are not what they were
+    3           LeakageError     `audit` found more leakage than its threshold allows
     1           NonFiniteError   a loss or a gradient norm is NaN or infinite
     1           IncompleteError  an output would lack a part
     130, 143    RunInterrupted   Ctrl-C or SIGTERM
@@ -20,6 +21,10 @@ class VerificationError(RuntimeError):
     """`verify` found files, data or code that are not what provenance.json says."""
 
     exit_code = 3
+
+
+class LeakageError(VerificationError):
+    """`audit --what leakage` found more than its threshold allows."""
 
 
 class NonFiniteError(RuntimeError):

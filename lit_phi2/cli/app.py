@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 TRAINER_KEYS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 _NOT_SAVED = (
     *("ckpt_path", "output", "output_dir", "format", "dtype", "check", "sign", "config"),
-    *("record", "replay", "public_key"),
+    *("record", "replay", "public_key", "what", "max_auc"),
 )
 
 

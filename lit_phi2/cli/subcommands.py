@@ -19,7 +19,7 @@ SUBCOMMANDS = {
     "predict": "Complete the records of predict_files, greedily: one JSON object a record, in the order of the input.",
     "inspect": "Print statistics of the training and validation data, the caches, and one example; no model is loaded.",
     "export": "Write an adapter, or the merged model, for another runtime, and check it there.",
-    "audit": "Rank the training records that an adapter learned badly or by heart, duplicates and suspect responses.",
+    "audit": "Rank suspect training records by path:line, or measure how far an adapter gives its records away.",
     "verify": "Check a run, an adapter or an export, or look up which records were trained on.",
 }
 _OTHER_NAMES = {

@@ -4,7 +4,7 @@
     validate    metrics on val_files             test      metrics on test_files, and its completions scored
     predict     predictions.jsonl                inspect   statistics of the data, without a model
     export      the adapter of a checkpoint for another runtime, checked there
-    audit       suspect records by path:line
+    audit       suspect records by path:line; how far records of train can be told from others
     verify      files, base, data and signature against provenance.json; records against the ledger
 
 The CLI makes its flags from the signatures of these methods, and its help from their docstrings.
@@ -15,7 +15,6 @@ import logging
 from pathlib import Path
 
 from lit_phi2.adapters.checkpoint import read_adapter
-from lit_phi2.audit.duplicates import check_installed
 from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance, provenance_folders
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.summary import report
@@ -23,7 +22,7 @@ from lit_phi2.errors import InputError
 from lit_phi2.evaluation.table import format_table, metric_name, to_dict, without_groups
 from lit_phi2.export.exporter import export, plan_export
 from lit_phi2.pretrained import resolve_base_model
-from lit_phi2.training.auditing import RECORDS_FILE, audit_split_records
+from lit_phi2.training.auditing import RECORDS_FILE, audit_leakage, audit_split_records, check_audit
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.callbacks.throughput import Throughput
@@ -253,23 +252,27 @@ class Trainer(FitTrainer):
         key = expand_user(public_key, "--public_key") if public_key else None
         print_verification(path, model.base, datamodule, public_key=key, replay_run=replay)
 
-    def audit(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str, what: str = "records") -> None:
-        """Rank the training records that an adapter learned badly or by heart, duplicates and suspect responses.
+    def audit(
+        self,
+        model: LitPhi2,
+        datamodule: ClaimsDataModule,
+        ckpt_path: str,
+        what: str = "records",
+        max_auc: float = 0.6,
+    ) -> None:
+        """Rank suspect training records by path:line, or measure how far an adapter gives its records away.
 
         Args:
             model: from the config.
             datamodule: from the config.
             ckpt_path: the adapter: a .ckpt, an adapter or run folder, `last` or `best`.
-            what: records.
+            what: records or leakage.
+            max_auc: exit with 3 if leakage tells train from val with a higher AUC; 0.5 is chance.
         """
-        if what != "records":
-            raise InputError(f"--what {what}: is unknown; expected records.")
-        if self.world_size > 1:
-            raise InputError("audit: runs on one device; give --trainer.devices 1.")
+        check_audit(what, self.world_size)
         path = str(self.find(ckpt_path))
-        file = self.output_dir_for(path) / RECORDS_FILE
-        check_writable(file, str(file))
-        check_installed()
+        folder = self.output_dir_for(path)
+        check_writable(folder / RECORDS_FILE, str(folder / RECORDS_FILE))
         stop_request.message = STOPPED["audit"]
         if model.adapter != path or model.phi is not None:
             model.load_adapter(path)
@@ -278,7 +281,10 @@ class Trainer(FitTrainer):
         datamodule.setup("fit")
         model.configure_model()
         model.to(self.strategy.root_device)
-        audit_split_records(model, datamodule, file.parent)
+        if what == "leakage":
+            audit_leakage(model, datamodule, folder, max_auc)
+        else:
+            audit_split_records(model, datamodule, folder)
 
     def output_dir_for(self, ckpt_path: str | None) -> Path:
         """The folder that a subcommand other than fit writes to; without a checkpoint, that of this Trainer's fit."""
