@@ -38,7 +38,7 @@ PREDICATE_TYPE = "urn:lit_phi2:provenance:v1"
 
 _PACKAGES = ("torch", "transformers", "peft", "lightning", "tokenizers", "safetensors", "numpy", "pyarrow")
 _METRICS_FILE = "test_metrics.json"
-_AUDITS = "audit_*.json"  # in the folder of a run; each with a verdict
+_AUDITS = "audit_*.json"  # in the folder of a run; each says whether it passed
 
 
 # The predicate
@@ -116,9 +116,9 @@ def _metrics(checkpoint: Mapping[str, Any], run_dir: Path) -> dict[str, float]:
 
 
 def _audits(run_dir: Path) -> dict[str, Any]:
-    """The verdict of each audit."""
+    """The figures of each audit that has a threshold."""
     contents = {file.stem: read_json_object(file) for file in sorted(run_dir.glob(_AUDITS))}
-    return {name: content["verdict"] for name, content in contents.items() if "verdict" in content}
+    return {name: content for name, content in contents.items() if "passed" in content}
 
 
 def _forgotten(run_dir: Path) -> dict[str, Any]:

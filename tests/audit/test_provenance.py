@@ -174,6 +174,8 @@ def test_it_holds_no_path(workplace: Path, trained: Path) -> None:
 @pytest.mark.parametrize(("format", "name"), [("peft", "adapter_model"), ("merged", "model"), ("mlx", "adapters")])
 def test_exports_carry_it_in_their_tensors_metadata(workplace: Path, format: str, name: str) -> None:
     """The reference reads the metadata with the package safetensors."""
+    audit = {"passed": False, "max_auc": 0.6}
+    (RUN / "audit_leakage.json").write_text(json.dumps(audit))
     flags = ["--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0", "--format", format]
     assert main(["export", "--config", CONFIG, *flags]) == 0
     predicate = json.loads(Path("out/provenance.json").read_text())["predicate"]
@@ -181,7 +183,7 @@ def test_exports_carry_it_in_their_tensors_metadata(workplace: Path, format: str
         embedded = json.loads(tensors.metadata()["lit_phi2.provenance"])
     expected = hashlib.sha256(json.dumps(predicate, sort_keys=True).encode()).hexdigest()
     assert embedded["predicate_sha256"] == expected
-    assert predicate["export"]["format"] == format
+    assert (predicate["export"]["format"], predicate["audits"]) == (format, {"audit_leakage": audit})
     assert embedded["digests"]["ledger.parquet"] == hashlib.sha256((RUN / "ledger.parquet").read_bytes()).hexdigest()
     assert main(["verify", "--ckpt_path", "out", "--model.base", "base"]) == 0
 
