@@ -74,9 +74,20 @@ def save_adapter(adapter: Adapter, folder: Path, provenance: Mapping[str, str] =
     metadata["digest"] = _folder_digest(weights, json.loads(config), metadata)
     # Of two exports to one folder the second waits, so that the files of the folder belong together.
     with file_lock(folder / "adapter.lock", waiting=f"{folder}: waiting for another export"):
-        atomic_write(folder / WEIGHTS_FILE, save(weights, {"format": "pt", **provenance}))
+        atomic_write(folder / WEIGHTS_FILE, save_tensors(weights, {"format": "pt", **provenance}))
         atomic_write(folder / ADAPTER_CONFIG_FILE, config)
         atomic_write(folder / METADATA_FILE, json.dumps(metadata, indent=2) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; the package writes several metadata in an order that changes from call to call."""
+    content = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def read_peft_folder(folder: Path) -> Adapter:

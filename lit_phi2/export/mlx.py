@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.adapters.adapter import Adapter
+from lit_phi2.adapters.peft_format import save_tensors
 from lit_phi2.base_config import CONFIG_FILE
 from lit_phi2.errors import InputError
 from lit_phi2.export.imports import MLX_CONFIG_FILE, MLX_KEY, MLX_WEIGHTS_FILE
@@ -50,7 +50,7 @@ def write_mlx_adapter(adapter: Adapter, num_layers: int, folder: Path, provenanc
         },
         MLX_KEY: adapter_metadata(adapter, num_layers),
     }
-    (folder / MLX_WEIGHTS_FILE).write_bytes(save(tensors, {"format": "mlx", **provenance}))
+    (folder / MLX_WEIGHTS_FILE).write_bytes(save_tensors(tensors, {"format": "mlx", **provenance}))
     (folder / MLX_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
