@@ -10,7 +10,7 @@ Only safetensors are read, and code that comes with a model is never run.
 import functools
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -68,6 +68,11 @@ class BaseModel:
             InputError: a file cannot be read, or changed since the base was found.
         """
         return base_digest(self.folder, self.files)
+
+    @property
+    def public_name(self) -> str:
+        """The hub id, or of a folder the last part: no path of this machine."""
+        return self.name if self.revision else PurePath(self.name).name or "base"
 
     def fingerprint(self) -> dict[str, str]:
         """What a checkpoint stores to recognise the base."""

@@ -5,6 +5,7 @@
     python scripts/bench.py --base FOLDER --peers hf-b8,trl --rounds 5
     python scripts/bench.py --base FOLDER --peer-dtype float32        on a CPU whose torch is slow in bfloat16
     python scripts/bench.py --base FOLDER --device cuda --step-records 64 --rows 8 --peers hf-b32,trl,litgpt-mb8
+    python scripts/bench.py generate --help                           completions: generation_bench.py
 
     records -> ids.json -> every peer once, untimed: loss at step 0, trained parameters; they must agree
                         -> rounds: ours, peer, ours, peer, ... -> table
@@ -57,6 +58,11 @@ LOSS_TOLERANCE = 0.02  # of the loss at step 0: matmuls are in bfloat16, and eve
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["generate"]:
+        import generation_bench
+
+        generation_bench.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setup", action="store_true", help="make the environments that the peers need, and stop")
     parser.add_argument("--base", help="folder of a Phi in Hugging Face form (scripts/build_random_phi2.py writes one)")

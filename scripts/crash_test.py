@@ -3,12 +3,13 @@
     one undisturbed fit and predict                   ->  adapter, samples, curves, predictions, durations
     fit, SIGKILL, fit --ckpt_path last, SIGKILL, ...  ->  the same bytes, every time
 
-    python scripts/crash_test.py                                  120 kills, at least 10 in each phase
-    python scripts/crash_test.py --kills 8 --each 1 --threads 1   the short form of the tests
+    python scripts/crash_test.py                       120 kills, at least 10 in each phase
+    python scripts/crash_test.py --kills 0 --each 1    the short form of the tests, which does not depend on the clock
 
-Most kills come at a random time of the run. The kills that a phase still lacks wait for the phase to begin and come
-inside it. The process itself reports its phase, in a page of memory that it shares with its killer. The runs have
-dropout, packing, accumulation windows of several micro-batches, two epochs and a validation inside each.
+Most kills come at a random time of the run. The kills that a phase still lacks come from the process itself, at a
+random file operation of a phase that writes files, and at the beginning of any other. The process reports its phase in
+a page of memory that it shares with its parent. The runs have dropout, packing, accumulation windows of several
+micro-batches, two epochs and a validation inside each.
 
 Children are forked from a process that has imported everything and computed nothing, so that a start costs little.
 """
@@ -21,12 +22,11 @@ import os
 import random
 import re
 import signal
-import struct
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -42,12 +42,14 @@ from lit_phi2.training.module import LitPhi2
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 PHASES = ("other", "step", "window", "validation", "checkpoint", "export", "completions", "predictions")
 PHASES_OF = {"fit": ("step", "window", "validation", "checkpoint", "export"), "predict": ("completions", "predictions")}
-ONCE = ("export", "predictions")  # phases that a run has once; of the others a kill may let up to two pass
-MAX_KILLS = 4  # of one command before it runs to its end
+WRITES = ("checkpoint", "export", "predictions")  # phases of which a kill comes at a file operation
+OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove")  # file operations, as Python's audit events
+MAX_SKIPPED = {True: 3, False: 1}  # file operations in WRITES, or phases of another kind, that a kill lets pass
+MAX_KILLS = 6  # of one command before it runs to its end
 RANDOM_FRACTION = 0.6  # of the kills come at a random time, whatever the phase
 # Curves that depend on the clock: their steps must be equal, their values cannot be.
 CLOCK_CURVES = ("train/tokens_per_second", "train/supervised_tokens_per_second", "train/memory_gib")
-SETTINGS = {
+SETTINGS: dict[str, object] = {
     "data.train_files": "claims:train[:36]",
     "data.val_files": "claims:validation[:6]",
     "data.predict_files": "claims:test[:40]",
@@ -65,19 +67,33 @@ SETTINGS = {
 
 @dataclass
 class Page:
-    """Memory that a child shares with its killer: the phase that it is in, and how many phases it has begun."""
+    """Memory that a child shares with its parent: the phase that it is in."""
 
-    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 16))
+    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 1))
 
     def write(self, phase: str) -> None:
-        self.memory[:16] = struct.pack("qq", PHASES.index(phase), self.read()[1] + 1)
+        self.memory[0] = PHASES.index(phase)
 
-    def read(self) -> tuple[str, int]:
-        number, num_begun = struct.unpack("qq", self.memory[:16])
-        return PHASES[number], num_begun
+    def read(self) -> str:
+        return PHASES[self.memory[0]]
 
 
-Killer = Callable[[int, Page], str | None]  # kills a child; the phase that it died in, None if it ended first
+@dataclass
+class Death:
+    """Where a process kills itself.
+
+    Attributes:
+        phase: in which.
+        num_skipped: phases of its kind, or file operations in them, that it lets pass.
+    """
+
+    phase: str
+    num_skipped: int
+
+    def approach(self) -> None:
+        if self.num_skipped == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.num_skipped -= 1
 
 
 def main() -> int:
@@ -86,13 +102,16 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=10, help="at least this many in each phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
+    parser.add_argument("--base", default="tiny", help="model.base")
     args = parser.parse_args()
+    SETTINGS["model.base"] = args.base
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     rng, kills = random.Random(args.seed), Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         undisturbed, log = root / "undisturbed", root / "log"
-        run_undisturbed(root / "first", log)  # slower, because files are read from the disk
+        if args.kills:
+            run_undisturbed(root / "first", log)  # slower, because files are read from the disk
         durations = run_undisturbed(undisturbed, log)
         expected = outcome(undisturbed)
         print("\n".join(f"  {name:<20} {value[:16]}" for name, value in expected.items()))
@@ -136,14 +155,15 @@ def kill_repeatedly(
     for _ in range(rng.randint(1, MAX_KILLS)):
         missing = lacking(kills, command, args.each)
         at_random = sum(kills.values()) < RANDOM_FRACTION * args.kills or not missing
-        pid, page = start(command, folder, log)
-        if at_random:
-            killer = kill_after(rng.uniform(0, duration))
-        else:
-            phase = rng.choice(missing)
-            killer = kill_in_phase(phase, 0 if phase in ONCE else rng.randrange(3), rng.random() ** 3 * 0.02)
+        if at_random and sum(kills.values()) >= args.kills:
+            return
         try:
-            died_in = killer(pid, page)
+            if at_random:
+                died_in = kill_after(rng.uniform(0, duration), *start(command, folder, log))
+            else:
+                phase = rng.choice(missing)
+                death = Death(phase, rng.randint(0, MAX_SKIPPED[phase in WRITES]))
+                died_in = wait_for_death(*start(command, folder, log, death))
         except EarlyEndError as error:
             sys.exit(f"{command} ended before it was killed, with {error}:\n{log.read_text()[-3000:]}")
         if died_in is None:
@@ -163,8 +183,8 @@ def lacking(kills: Counter[str], command: str, each: int) -> list[str]:
 # A child
 
 
-def start(command: str, folder: Path, log: Path) -> tuple[int, Page]:
-    """Fork a process that runs the command, from its checkpoint if it has one."""
+def start(command: str, folder: Path, log: Path, death: Death | None = None) -> tuple[int, Page]:
+    """Fork a process that runs the command, from its checkpoint if it has one, perhaps to its death."""
     page = Page()
     pid = os.fork()
     if pid:
@@ -172,7 +192,7 @@ def start(command: str, folder: Path, log: Path) -> tuple[int, Page]:
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    report_phases(page)
+    report_phases(page, death)
     os._exit(run_cli(arguments(command, folder)))
 
 
@@ -189,13 +209,24 @@ def newest_run(folder: Path) -> Path | None:
     return max((folder / "tiny").glob("version_*"), key=lambda run: int(run.name.rpartition("_")[2]), default=None)
 
 
-def report_phases(page: Page) -> None:
-    """Wrap the functions in which each phase begins and ends."""
+def report_phases(page: Page, death: Death | None) -> None:
+    """Wrap the functions in which each phase begins and ends, and die where told."""
+
+    def begin(phase: str) -> None:
+        page.write(phase)
+        if death is not None and death.phase == phase and phase not in WRITES:
+            death.approach()
+
+    def on_audit_event(event: str, args: object) -> None:
+        if death is not None and event in OPERATIONS and death.phase == page.read() and death.phase in WRITES:
+            death.approach()
+
+    sys.addaudithook(on_audit_event)
 
     @contextmanager
     def during(phase: str) -> Iterator[None]:
-        before = page.read()[0]
-        page.write(phase)
+        before = page.read()
+        begin(phase)
         yield
         page.write(before)
 
@@ -211,7 +242,7 @@ def report_phases(page: Page) -> None:
     training_step = LitPhi2.training_step
 
     def step(module: LitPhi2, batch: Any, index: int) -> Any:  # the phase lasts through backward and the optimizer
-        page.write("window" if index % module.trainer.accumulate_grad_batches else "step")
+        begin("window" if index % module.trainer.accumulate_grad_batches else "step")
         return training_step(module, batch, index)
 
     setattr(LitPhi2, "training_step", step)  # noqa: B010  mypy accepts no other way to replace a method
@@ -222,42 +253,26 @@ def report_phases(page: Page) -> None:
     wrap(predictions.PredictionWriter, "finish", "predictions")
 
 
-# A killer
+# Kills
 
 
-def kill_after(seconds: float) -> Killer:
-    """Kill after a time, in any phase."""
-
-    def killer(pid: int, page: Page) -> str | None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if ended(pid):
-                return None
-            time.sleep(0.002)
-        return kill(pid, page)
-
-    return killer
+def kill_after(seconds: float, pid: int, page: Page) -> str | None:
+    """Kill a child after a time, in any phase; the phase that it died in, None if it ended first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if ended(pid):
+            return None
+        time.sleep(0.002)
+    return kill(pid, page)
 
 
-def kill_in_phase(phase: str, num_skipped: int, seconds: float) -> Killer:
-    """Kill some seconds into a phase, after some phases of its kind have passed."""
-
-    def killer(pid: int, page: Page) -> str | None:
-        seen, num_left = -1, num_skipped
-        while True:
-            current, num_begun = page.read()
-            if current == phase and num_begun != seen:
-                seen = num_begun
-                num_left -= 1
-                if num_left < 0:
-                    break
-            if ended(pid):
-                return None
-            time.sleep(0.0002)  # busy waiting would take a core from the process that it waits for
-        time.sleep(seconds)
-        return kill(pid, page)
-
-    return killer
+def wait_for_death(pid: int, page: Page) -> str | None:
+    """The phase in which a child killed itself; None if it ended first."""
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, -signal.SIGKILL):
+        raise EarlyEndError(code)
+    return page.read() if code else None
 
 
 def ended(pid: int) -> bool:
@@ -275,7 +290,7 @@ def kill(pid: int, page: Page) -> str | None:
         if status:
             raise EarlyEndError(os.waitstatus_to_exitcode(status))
         return None
-    phase = page.read()[0]
+    phase = page.read()
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return phase

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
 
 from lit_phi2.export.runtimes import is_installed
 from lit_phi2.pretrained import TINY_PHI_DIR, BaseModel, resolve_base_model
+
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)  # the same examples on any machine
+settings.load_profile("tests")
 
 WORDS = ["claim", "denied", "appeal", "letter", "plan", "review", "records", "date", "service", "coverage"]
 WORDS += ["notice", "send"]
@@ -27,16 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if missing and "runtimes" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=f"not run: {', '.join(missing)} not installed here"))
-    # xdist gives each of two workers one half, in order: half of the slow files go to the front of each half.
-    slow = [item for item in items if "slow" in item.keywords]
-    quick = [item for item in items if "slow" not in item.keywords]
-    for item in slow:
-        item.add_marker(pytest.mark.timeout(900))  # seconds
-    files = sorted({item.path for item in slow})
-    first = [item for item in slow if files.index(item.path) % 2 == 0]
-    second = [item for item in slow if files.index(item.path) % 2 == 1]
-    half = max(0, len(items) // 2 - len(first))
-    items[:] = first + quick[:half] + second + quick[half:]
+    items.sort(key=lambda item: "slow" not in item.keywords)
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +64,16 @@ def phi_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     PhiForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY_PHI_DIR / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def claims_phi_dir(phi_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without dropout, and with enough positions for the packaged claims."""
+    folder = tmp_path_factory.mktemp("claims-phi") / "phi"
+    shutil.copytree(phi_dir, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.0, "max_position_embeddings": 1024}))
     return folder
 
 

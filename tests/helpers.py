@@ -1,6 +1,7 @@
 """How tests run the real thing: a Trainer on records, in float32 on the CPU, and what it leaves behind."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,23 @@ class DieAt(Callback):
 def weights_of(module: LitPhi2) -> dict[str, Tensor]:
     assert module.phi is not None
     return adapter_state_dict(module.phi)
+
+
+def check_time_is_linear(run: Callable[[int], object], small: int, large: int) -> None:
+    """Compare the CPU time of two sizes: nearer to linear than to quadratic, in one of three tries.
+
+    Time in which the process waits does not count, and what disturbs the processor does not come three times.
+    """
+    factor = large / small
+    for _ in range(3):
+        seconds = []
+        for size in (small, large):
+            started = time.process_time()
+            run(size)
+            seconds.append(time.process_time() - started)
+        if seconds[1] < factor**1.5 * seconds[0]:
+            return
+    pytest.fail(f"{factor:.0f} times the size took {seconds[1] / seconds[0]:.0f} times as long")
 
 
 def relative_difference(value: Tensor, expected: Tensor) -> float:

@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,10 +86,10 @@ def large(tmp_path: Path) -> Path:
     return folder
 
 
-def settle(folder: Path) -> None:
-    """Wait until the files are old enough to be remembered: their ctime cannot be set."""
-    newest = max(path.stat().st_ctime for path in folder.iterdir())
-    time.sleep(max(0.0, newest + 2.1 - time.time()))
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of any age are old enough to be remembered: their ctime cannot be set."""
+    monkeypatch.setattr(base_digest_module, "_SETTLED_NS", 0)
 
 
 def digest_of(folder: Path) -> str:
@@ -99,11 +101,12 @@ def remembered(folder: Path) -> list[list[object]]:
     return content
 
 
-def test_hashes_of_large_files_are_remembered_beside_them(large: Path) -> None:
+def test_hashes_of_large_files_are_remembered_beside_them(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A false hash with the right state shows that it is used; a base of 5.6 GB is not hashed twice."""
+    monkeypatch.setattr(base_digest_module, "_SETTLED_NS", 3600 * 10**9)
     fresh = digest_of(large)
     assert not (large / DIGESTS_FILE).exists(), "written a moment ago, so a change could go unnoticed"
-    settle(large)
+    monkeypatch.setattr(base_digest_module, "_SETTLED_NS", 0)
     assert digest_of(large) == fresh
     (_, first), (_, second) = remembered(large)
     assert [first, second] == [hashlib.sha256((large / name).read_bytes()).hexdigest() for name in SHARDS]
@@ -113,10 +116,10 @@ def test_hashes_of_large_files_are_remembered_beside_them(large: Path) -> None:
     assert different_parts(fresh, digest_of(large)) == ["weights"]
 
 
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("how", ["in place", "replaced", "copied"])
 def test_a_remembered_hash_never_covers_another_file(how: str, large: Path, tmp_path: Path) -> None:
     """Same name, size and modification time each time, as an attacker or a copy with `cp -p` makes them."""
-    settle(large)
     before, stat = digest_of(large), (large / SHARDS[1]).stat()
     assert len(remembered(large)) == 2
     folder = large
@@ -144,10 +147,10 @@ def test_a_damaged_file_of_hashes_is_ignored(content: str, large: Path) -> None:
     assert digest_of(large) == before
 
 
+@pytest.mark.usefixtures("settled")
 def test_a_read_only_folder_is_hashed_once_in_a_process(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder in the place of the file cannot be replaced by it. Counted: hashes that begin with an empty state."""
     (large / DIGESTS_FILE).mkdir()
-    settle(large)
     sha256, begun = hashlib.sha256, list[bytes]()
 
     def counting(content: bytes = b"") -> object:
@@ -174,17 +177,25 @@ def test_links_as_in_the_hub_cache_count_as_their_files(phi_dir: Path, tmp_path:
 def test_hashing_for_long_shows_progress(
     large: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(base_digest_module, "PROGRESS_SECONDS", 0.01)
+    """Here the first wait for the hashes ends before they do."""
+    waits: list[float] = []
+
+    def wait(tasks: Collection[Future[str]], timeout: float) -> object:
+        waits.append(timeout)
+        return SimpleNamespace(not_done=tasks) if len(waits) == 1 else futures.wait(tasks)
+
+    monkeypatch.setattr(base_digest_module, "wait", wait)
     with caplog.at_level(logging.INFO, "lit_phi2"):
         digest_of(large)
     assert f"SHA-256 of the base in {large}: 0." in caplog.text
     assert "of 0.1 GB" in caplog.text
+    assert waits == [base_digest_module.PROGRESS_SECONDS] * 2
 
 
+@pytest.mark.usefixtures("settled")
 def test_a_small_base_is_left_as_it_is(phi_dir: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(phi_dir, base)
-    settle(base)
     names = sorted(path.name for path in base.iterdir())
     assert resolve_base_model(str(base)).digest
     assert sorted(path.name for path in base.iterdir()) == names
@@ -208,11 +219,13 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(large: Path) -> None:
         base_digest(large, files)
 
 
+@pytest.mark.usefixtures("settled")
 def test_processes_that_hash_at_once_agree(large: Path) -> None:
     """As those of several devices do; the file of hashes is complete afterwards."""
-    settle(large)
     code = (
-        "import sys; from pathlib import Path; from lit_phi2.base_digest import base_digest, base_files\n"
+        "import sys; from pathlib import Path; from lit_phi2 import base_digest as module\n"
+        "from lit_phi2.base_digest import base_digest, base_files\n"
+        "module._SETTLED_NS = 0\n"
         "folder = Path(sys.argv[1]); print(base_digest(folder, base_files(folder, sys.argv[2:])))"
     )
     command = [sys.executable, "-c", code, str(large), *SHARDS]

@@ -6,21 +6,24 @@ rotary_dim elements of a head are rotated in two halves, attention and MLP read 
 
 import json
 import logging
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from transformers import PhiForCausalLM
 
 from export.support import random_adapter, reference_of
 from lit_phi2.adapters.adapter import Adapter, check_adapter
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.base_config import read_base_config
+from lit_phi2.cli.main import main
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts
 from lit_phi2.export.exporter import export, plan_export
@@ -28,6 +31,7 @@ from lit_phi2.export.weights import ModelWeights
 from lit_phi2.model.loading import load_phi2
 from lit_phi2.model.lora import LoraSettings, add_lora, load_adapter_state_dict
 from lit_phi2.model.phi2 import packed_forward
+from lit_phi2.model.streaming import load_streamed_phi2
 from lit_phi2.pretrained import TINY_PHI_DIR, load_tokenizer, resolve_base_model
 
 WIDTH, HEADS, HEAD_DIM, ROTARY_DIM, LAYERS = 64, 4, 16, 6, 2
@@ -140,7 +144,7 @@ def logits_of(folder: Path, adapter: Adapter | None = None) -> Tensor:
     base = resolve_base_model(str(folder))
     model: Any = load_phi2(base, torch.float32)
     if adapter is not None:
-        check_adapter(adapter, adapter.settings, base, source="adapter")
+        adapter = check_adapter(adapter, adapter.settings, base, source="adapter")
         phi = add_lora(model, adapter.settings, dropout=0.0)
         load_adapter_state_dict(phi, adapter.weights, source="adapter")
         model = phi.eval().get_base_model()
@@ -161,15 +165,17 @@ def test_a_base_of_the_original_code_has_its_logits(
     assert load_tokenizer(resolve_base_model(str(original_dir))).eos_token_id is not None
 
 
+@pytest.mark.parametrize("selection", [{}, {"layers_to_transform": [1], "layers_pattern": "h"}], ids=["all", "one"])
 def test_an_adapter_of_the_original_code_has_its_logits(
-    original: OriginalPhi, original_dir: Path, tmp_path: Path
+    selection: dict[str, Any], original: OriginalPhi, original_dir: Path, tmp_path: Path
 ) -> None:
-    """Reference: PEFT on the original architecture; a pattern there names a layer as that code does."""
+    """Reference: PEFT on the original architecture; patterns there name layers and blocks as that code does."""
     config = LoraConfig(
         r=4,
         lora_alpha=8,
         target_modules=["Wqkv", "out_proj", "fc1", "fc2"],
         rank_pattern={"transformer.h.1.mixer.Wqkv": 6},
+        **selection,
     )
     model = OriginalPhi(original.lm_head["linear"].out_features).eval()
     model.load_state_dict(original.state_dict())
@@ -186,6 +192,14 @@ def test_an_adapter_of_the_original_code_has_its_logits(
     difference = (logits_of(original_dir, adapter) - expected).abs().max().item()
     assert difference < 1e-5
     assert (expected - without).abs().max() > 0.1
+
+
+def test_a_streamed_original_base_gives_the_same_numbers(original_dir: Path) -> None:
+    """Reference: load_phi2, whose logits are the original code's."""
+    base = resolve_base_model(str(original_dir))
+    models = load_phi2(base, torch.float32), load_streamed_phi2(base, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(*(packed_forward(model, IDS, POSITIONS) for model in models))
 
 
 def test_an_export_of_the_original_base_has_transformers_names(original: OriginalPhi, original_dir: Path) -> None:
@@ -212,6 +226,25 @@ def test_an_export_on_the_original_base_is_run(
     check = export(plan, reference_of(base, adapter, 2, max_tokens=8), CardFacts())
     assert check.method == "runtime"
     assert ("names of Phi-2's original code, which this runtime does not read" in caplog.text) == (format == "peft")
+
+
+def test_the_printed_command_converts_the_original_base(
+    original_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it stands in the log, from a folder with a space; PEFT on its result has the running model's logits."""
+    caplog.set_level(logging.INFO, "lit_phi2")
+    shutil.copytree(original_dir, tmp_path / "my base")
+    base = resolve_base_model(str(tmp_path / "my base"))
+    adapter = random_adapter(base, LoraSettings(2, 4, ("Wqkv", "fc2")))
+    monkeypatch.chdir(tmp_path)
+    export(plan_export(adapter, base, Path("out"), format="peft", dtype=None, source="adapter"), None, CardFacts())
+    command = next(line for text in caplog.messages for line in text.splitlines() if "python -m lit_phi2" in line)
+    assert main([*shlex.split(command)[3:], "--check", "0"]) == 0
+    assert "'phi-2-converted'" in caplog.text.replace('"', "'")  # where the last line loads it from
+    peft = PeftModel.from_pretrained(PhiForCausalLM.from_pretrained("phi-2-converted"), "out").eval()
+    with torch.no_grad():
+        difference = (peft(input_ids=IDS).logits - logits_of(base.folder, adapter)).abs().max()
+    assert difference < 1e-5
 
 
 @pytest.mark.parametrize("key", ["n_embd", "n_layer", "n_head", "n_positions", "rotary_dim", "activation_function"])

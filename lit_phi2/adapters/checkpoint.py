@@ -23,7 +23,9 @@ from lit_phi2.utils.files import tree_digest
 from lit_phi2.utils.json_objects import OBJECT, TEXT, TEXTS, check_values, integer, one_of
 from lit_phi2.utils.paths import GGUF_SUFFIX
 
-CHECKPOINT_FORMAT = 3  # raised when a key of checkpoint["lit_phi2"] changes its name or meaning
+# Raised when a key of checkpoint["lit_phi2"] changes its name or meaning, or a new one changes that of the weights.
+CHECKPOINT_FORMAT = 4
+_PLAIN_LORA_FORMAT = 3  # without use_rslora; whoever reads only this one would take such weights for plain LoRA
 
 _STATE = {
     "base": TEXT,
@@ -34,12 +36,11 @@ _STATE = {
     "target_modules": TEXTS,
     "use_rslora": one_of(True, False),
     "template_version": integer(0, 2**31 - 1),
-    "template_digest": TEXT,
+    "template_digest": TEXT,  # checkpoints of either format may lack it
     "run": OBJECT,
     "environment": OBJECT,
     "accumulate_grad_batches": integer(1, 2**31 - 1),
 }
-_LATER = {"use_rslora", "template_digest"}  # older checkpoints have none
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -87,13 +88,14 @@ def check_checkpoint(checkpoint: dict[str, Any], *, source: str) -> Adapter:
         raise InputError(f"{source}: is not a complete checkpoint of lit_phi2 ({type(error).__name__}).") from error
     if digest != expected:
         raise InputError(f"{source}: is damaged: its digest is {digest[:16]}, but {str(expected)[:16]} was written.")
-    if format_version != CHECKPOINT_FORMAT:
+    if format_version not in (_PLAIN_LORA_FORMAT, CHECKPOINT_FORMAT):
         raise InputError(
             f"{source}: is a checkpoint of another lit_phi2: its format is {format_version or 1}, this one reads "
-            f"{CHECKPOINT_FORMAT}. Train again, or remove lit_phi2.json from the run's adapter folder and start from "
-            "that with --model.adapter."
+            f"{_PLAIN_LORA_FORMAT} and {CHECKPOINT_FORMAT}. Train again, or remove lit_phi2.json from the run's "
+            "adapter folder and start from that with --model.adapter."
         )
-    check_values(state, _STATE, source=source, required=_STATE.keys() - _LATER)
+    absent = {"template_digest"} | ({"use_rslora"} if format_version == _PLAIN_LORA_FORMAT else set())
+    check_values(state, _STATE, source=source, required=_STATE.keys() - absent)
     return adapter_from_state(state, weights)
 
 

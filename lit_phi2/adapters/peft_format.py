@@ -108,10 +108,10 @@ def read_peft_folder(folder: Path) -> Adapter:
     if metadata:
         _check_digest(folder, _folder_digest(weights, config, metadata), metadata["digest"])
     peft = read_peft_settings(config, source=str(config_file))
-    settings, fused_weights = fuse_adapter(weights, peft, source=str(folder))
+    fused = fuse_adapter(weights, peft, source=str(folder))
     return Adapter(
-        weights=fused_weights,
-        settings=settings,
+        weights=fused.weights,
+        settings=fused.settings,
         base={
             "base": metadata.get("base", config.get("base_model_name_or_path") or ""),
             "base_revision": metadata.get("base_revision", ""),
@@ -119,6 +119,7 @@ def read_peft_folder(folder: Path) -> Adapter:
         },
         template_version=metadata.get("template_version", 0),
         template_digest=metadata.get("template_digest", ""),
+        is_partial=fused.is_partial,
     )
 
 

@@ -63,7 +63,7 @@ def run_predicate(checkpoint: Mapping[str, Any], run_dir: Path) -> dict[str, Any
     predicate = {
         "buildDefinition": {
             "buildType": "urn:lit_phi2:fit:v1",
-            "externalParameters": _without_paths(config),
+            "externalParameters": _public_config(config, state["base_revision"]),
             "internalParameters": {"settings": dict(run), "environment": dict(state["environment"])},
             "resolvedDependencies": dependencies,
         },
@@ -93,7 +93,8 @@ def adapter_predicate(adapter: Adapter | None, base: Mapping[str, str]) -> dict[
 
 def _base_dependencies(name: str, revision: str, digest: str) -> list[dict[str, Any]]:
     """The base as a whole, and its config, tokenizer and weights apart."""
-    public = name if "/" in name and not PurePath(name).is_absolute() else PurePath(name).name
+    # A folder has no revision. Of an adapter without a digest, which another tool trained, only the name tells.
+    public = name if revision or (not digest and _is_hub_id(name)) else PurePath(name).name
     whole = {"name": "base", "uri": public, "digest": {"lit_phi2_base": digest}, "annotations": {"revision": revision}}
     parts = [
         {"name": f"base {part}", "digest": {"lit_phi2_base": value}}
@@ -157,6 +158,19 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):  # no run, or a file that was edited: its digest tells
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _public_config(config: Mapping[str, Any], base_revision: str) -> dict[str, Any]:
+    """A config without paths; a base without a revision is a folder, also where its path looks like a hub id.
+
+    >>> _public_config({"model": {"base": "bases/phi-2"}}, "")
+    {'model': {'base': 'phi-2'}}
+    """
+    public: dict[str, Any] = _without_paths(config)
+    model = public.get("model")
+    if not base_revision and isinstance(model, dict) and isinstance(model.get("base"), str):
+        model["base"] = PurePath(model["base"]).name
+    return public
 
 
 def _without_paths(value: Any) -> Any:

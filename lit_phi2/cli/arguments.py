@@ -113,6 +113,34 @@ def check_repeated(arguments: Sequence[str], known: Sequence[str], lists: Sequen
             raise InputError(f"{problem} {cure}")
 
 
+def check_question(arguments: Sequence[str]) -> None:
+    """Refuse flags of predict that contradict --instruction or --input.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        InputError: names the flags.
+    """
+    flags = dict(_flag_value(pair) for pair in zip(arguments, [*arguments[1:], ""], strict=True))
+    if "--instruction" not in flags:
+        if "--input" in flags:
+            raise InputError("--input: is the document of an --instruction, which is missing.")
+        return
+    if not flags["--instruction"].strip():
+        raise InputError("--instruction: is empty; expected a question or a task.")
+    if "--data.predict_files" in flags:
+        raise InputError("--instruction and --data.predict_files: one completes a question, the other files. Give one.")
+    if "--output" in flags:
+        raise InputError("--output: has no effect with --instruction, whose completion is printed. Append > FILE.")
+
+
+def _flag_value(pair: tuple[str, str]) -> tuple[str, str]:
+    """The name and value of a flag, from an argument and the one after it."""
+    name, equals, value = pair[0].partition("=")
+    return name, value if equals else pair[1]
+
+
 def _list_flag(key: str, values: Sequence[str]) -> str:
     """The flag that gives several values at once, quoted for a shell.
 

@@ -5,6 +5,7 @@
     2            config, arguments or data must change
     3            verify found something changed
     130, 143     stopped by Ctrl-C or SIGTERM
+    141          what reads standard output wants no more of it
 
 Errors that the user can fix are printed as a few lines without a traceback; LIT_PHI2_TRACEBACK=1 shows the traceback.
 """
@@ -20,6 +21,7 @@ from lit_phi2.errors import IncompleteError, InputError, NonFiniteError, RunInte
 from lit_phi2.utils.console import PEER_DIED, RESUME_HINT, print_text, replace_unencodable, set_up_logging
 from lit_phi2.utils.signals import stop_request
 
+BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 _PEER_ERROR = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|broken pipe")
 
 
@@ -105,7 +107,7 @@ def _report(error: Exception) -> int | None:
         return InputError.exit_code
     if isinstance(error, BrokenPipeError):  # head, less: what reads our output wants no more of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return BROKEN_PIPE
     if isinstance(error, OSError):  # a full disk, a lost permission, a folder that was removed
         source = f"{error.filename}: " if error.filename else ""
         _print_error(f"error: {source}{error.strerror or error}. {RESUME_HINT}")

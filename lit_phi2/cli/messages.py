@@ -109,12 +109,25 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
     return ""
 
 
-def describe_defaults(subcommand: str, model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+def describe_defaults(
+    subcommand: str, model: Mapping[str, Any], data: Mapping[str, Any], *, reads_data: bool = True
+) -> str:
     """One line for a command without a config: the base and the data that it takes, and how to give others.
 
     >>> print(describe_defaults("test", {"base": "tiny"}, {"test_files": "claims:test"}))
     without --config: model.base tiny, data.test_files claims:test. To take others: --config FILE, or these as flags.
     """
-    keys = _DATA_KEYS.get(subcommand, ())
-    values = [f"model.base {model['base']}", *(f"data.{key} {data[key]}" for key in keys)]
+    keys = _DATA_KEYS.get(subcommand, ()) if reads_data else ()
+    values = [f"model.base {model['base']}", *(f"data.{key} {_as_yaml(data[key])}" for key in keys)]
     return f"without --config: {', '.join(values)}. To take others: --config FILE, or these as flags."
+
+
+def _as_yaml(value: Any) -> Any:
+    """A value as a config or a flag gives it.
+
+    >>> [str(_as_yaml(value)) for value in (None, "a.jsonl", ["a.jsonl", "b.jsonl"])]
+    ['null', 'a.jsonl', '[a.jsonl, b.jsonl]']
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else value

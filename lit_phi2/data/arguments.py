@@ -15,6 +15,8 @@ from lit_phi2.utils.paths import expand_user
 
 DEFAULT_VAL_FRACTION = 0.1
 
+STDIN_SOURCE = "-"
+
 Files = str | list[str] | None
 
 
@@ -72,10 +74,13 @@ def list_sources(split_name: str, files: Files) -> list[str]:
     """The sources that the argument names, with ~ replaced by the home folder.
 
     Raises:
-        InputError: there is none, one is empty, or one is in the home folder of an unknown user.
+        InputError: there is none, one is empty, one is in the home folder of an unknown user, or one is standard input
+            where that cannot be read.
     """
     sources = [files] if isinstance(files, str) else list(files or [])
     if not sources or not all(sources):
         raise InputError(f"data.{split_name}_files: is empty; expected a path or a list of paths.")
     setting = f"data.{split_name}_files"
+    if STDIN_SOURCE in sources and split_name != "predict":
+        raise InputError(f"{setting}: - is standard input, which only predict_files can be. Give a file.")
     return [str(expand_user(source, setting)) if source.startswith("~") else source for source in sources]

@@ -22,9 +22,10 @@ from lit_phi2.data import arguments
 from lit_phi2.data.collate import collate
 from lit_phi2.data.encode import token_budget
 from lit_phi2.data.load_split import load_split, read_training_records
-from lit_phi2.data.loaders import LengthSortedPrompts, ScheduleLoader
+from lit_phi2.data.loaders import OrderedPrompts, ScheduleLoader, order_prompts
 from lit_phi2.data.overlap import drop_repeated, overlap_warnings, training_prompt_warnings
 from lit_phi2.data.packing import Array
+from lit_phi2.data.record_stream import StreamItem, stream_examples
 from lit_phi2.data.records import FieldNames, ReadOptions, Record
 from lit_phi2.data.schedule import (
     BatchingConfig,
@@ -58,7 +59,7 @@ class ClaimsDataModule(LightningDataModule):
             the format: .jsonl, .json, .csv, .tsv or .parquet, each also with .gz or .zst.
         val_files: null takes val_fraction of train_files; otherwise as train_files.
         test_files: as train_files.
-        predict_files: as train_files; the response is optional.
+        predict_files: as train_files, or - for standard input; the response is optional, and - is JSON Lines.
         instruction_field: field with the instruction; null: as the form of the file has it.
         input_field: field with the input; records may lack it.
         response_field: field with the response.
@@ -192,24 +193,24 @@ class ClaimsDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> "ScheduleLoader[int, PromptBatch]":
-        batches, pending = self.prompt_batches("predict"), self.pending()
-        rank, world_size = self._rank()
-        rank_batches = pending[rank::world_size]
-        return ScheduleLoader(lambda: rank_batches, batches.__getitem__, len(rank_batches))
+        batches = order_prompts(self.splits["predict"], self.pending()).share(*self._rank())
+        return ScheduleLoader(lambda: range(len(batches)), batches.__getitem__, len(batches))
 
-    def pending(self) -> list[int]:
-        """The batches of prompts that are not yet completed.
+    def pending(self) -> Array:
+        """Indices in predict_files that are not yet completed."""
+        return np.setdiff1d(np.arange(len(self.splits["predict"].examples)), self.completed)
 
-        A resumed predict keeps the batches of the first one: in other batches, rounding could change a completion.
-        """
-        batches = self.prompt_batches("predict")
-        completed = np.zeros(len(self.splits["predict"].examples), bool)
-        completed[self.completed] = True
-        return [batch for batch in range(len(batches)) if not completed[batches.indices(batch)].all()]
-
-    def prompt_batches(self, split_name: str, count: int | None = None) -> LengthSortedPrompts:
+    def prompt_batches(self, split_name: str, count: int | None = None) -> OrderedPrompts:
         """The prompts of the first `count` examples, or of all."""
-        return LengthSortedPrompts(self.splits[split_name], count, self.max_new_tokens)
+        split = self.splits[split_name]
+        return order_prompts(split, np.arange(len(split.examples))[:count])
+
+    def stream_predict_files(self) -> Iterator[StreamItem]:
+        """The records of predict_files with their prompts, each as soon as it is read; nothing is stored."""
+        budget = token_budget("predict", self.max_length, self.max_new_tokens, self._context(), self.base)
+        self.tokenizer = self.tokenizer or load_tokenizer(resolve_base_model(self.base))
+        sources, options = self._sources("predict")[0], self.read_options
+        return stream_examples(sources, options, self.tokenizer, max_length=budget, on_overlong=self.on_overlong)
 
     def check_context_length(self, split_name: str, count: int | None = None) -> None:
         """Check that the first `count` prompts, each with max_new_tokens, fit into the positions of the base.

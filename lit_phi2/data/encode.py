@@ -73,6 +73,7 @@ def iter_examples(
     max_length: int,
     on_overlong: str = "truncate",
     with_response: bool = True,
+    batch_records: int = _BATCH_RECORDS,
 ) -> Iterator[tuple[Record, Example | InvalidRecord]]:
     """Each record with its example, or with the reason why it does not fit.
 
@@ -83,6 +84,7 @@ def iter_examples(
         on_overlong: 'truncate' shortens the input section at its end and nothing else; 'skip' and 'error' shorten
             nothing. The caller decides whether a record that does not fit is skipped or an error.
         with_response: False encodes the prompt alone, for predict.
+        batch_records: records that are read before the first of them is encoded.
 
     Raises:
         InputError: an unknown on_overlong.
@@ -91,7 +93,7 @@ def iter_examples(
         raise InputError(f"data.on_overlong: {on_overlong!r} is unknown; expected one of {', '.join(ON_OVERLONG)}.")
     # A text with more characters than this is too long whatever it contains, so megabytes are not tokenized.
     max_chars = (max_length + 1) * max(map(len, tokenizer.get_vocab()))
-    for batch in batched(records, _BATCH_RECORDS):
+    for batch in batched(records, batch_records):
         clipped = [_clip_chars(record, max_chars) for record in batch]
         prompts = tokenize(tokenizer, [format_prompt(record.instruction, record.input) for record in clipped])
         responses = tokenize(tokenizer, [record.response for record in clipped]) if with_response else None

@@ -1,7 +1,7 @@
-"""Loaders: a schedule -> batches, and prompts -> batches of similar length.
+"""Loaders: a schedule -> batches, and prompts -> batches in the order in which they are completed.
 
-    ScheduleLoader         micro-batch, micro-batch, ...  ->  Batch, Batch, ...
-    LengthSortedPrompts    prompts of 9 41 12 38 tokens   ->  [9 12] [38 41], with their indices 0 2 3 1
+    ScheduleLoader    micro-batch, micro-batch, ...  ->  Batch, Batch, ...
+    OrderedPrompts    prompts of 9 41 12 38 tokens   ->  [41 38] [12 9], with their indices 1 3 2 0
 
 Lightning calls iter() on a loader in every epoch and after a resume, so ScheduleLoader computes its schedule at that
 moment from the position of the run and stores no state of its own.
@@ -12,15 +12,22 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from lit_phi2.data.packing import Array, iter_chunked
+from lit_phi2.data.packing import Array
 from lit_phi2.data.splits import Split
 from lit_phi2.types import PromptBatch
 from lit_phi2.utils.sequences import Item, LazySequence
 
 Out = TypeVar("Out")
 
-MAX_PROMPTS_PER_BATCH = 32
-MAX_TOKENS_PER_PROMPT_BATCH = 8192  # new tokens included; their keys and values take 2.7 GB for Phi-2
+PROMPTS_PER_BATCH = 32  # the unit of trainer.limit_predict_batches; the engine takes prompts across batches
+
+
+def prompt_order(lengths: Array) -> Array:
+    """The order in which prompts are completed: longest first.
+
+    The first prompts then show how much memory a slot needs, and the last to end are short.
+    """
+    return np.argsort(-lengths, kind="stable")
 
 
 class ScheduleLoader(Generic[Item, Out]):
@@ -52,38 +59,37 @@ class ScheduleLoader(Generic[Item, Out]):
         return map(self.build, self.schedule())
 
 
-class LengthSortedPrompts(LazySequence[PromptBatch]):
-    """Batches of prompts, shortest first so that they need little padding; each is built when it is indexed.
+class OrderedPrompts(LazySequence[PromptBatch]):
+    """Batches of prompts, each built when it is indexed.
 
     Args:
         split: the examples whose prompts are batched.
-        count: only the first `count` examples; None for all.
-        max_new_tokens: length of a completion, which counts towards the size of a batch.
+        indices: of the examples, in the order of completion.
     """
 
-    def __init__(self, split: Split, count: int | None, max_new_tokens: int) -> None:
-        self.examples = split.examples
-        lengths = (split.lengths - split.supervised)[:count]
-        self.sorted_indices = np.argsort(lengths, kind="stable")
-        self.ends: list[int] = []
-        start = 0
-        for position, length in enumerate(iter_chunked(lengths[self.sorted_indices])):
-            size = position - start
-            batch_tokens = (size + 1) * (length + max_new_tokens)  # this prompt is the longest of the batch so far
-            if size == MAX_PROMPTS_PER_BATCH or (size and batch_tokens > MAX_TOKENS_PER_PROMPT_BATCH):
-                self.ends.append(position)
-                start = position
-        if len(lengths):
-            self.ends.append(len(lengths))
+    def __init__(self, split: Split, indices: Array) -> None:
+        self.split = split
+        self.indices = indices
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return -(-len(self.indices) // PROMPTS_PER_BATCH)
 
     def get(self, index: int) -> PromptBatch:
-        indices = self.indices(index).tolist()
-        examples = [self.examples[index] for index in indices]
+        indices = self.indices[index * PROMPTS_PER_BATCH :][:PROMPTS_PER_BATCH].tolist()
+        examples = [self.split.examples[index] for index in indices]
         return PromptBatch(indices, [example.ids[: example.prompt_length] for example in examples])
 
-    def indices(self, batch: int) -> Array:
-        """The indices of the examples in a batch."""
-        return self.sorted_indices[self.ends[batch - 1] if batch else 0 : self.ends[batch]]
+    def share(self, rank: int, world_size: int) -> "OrderedPrompts":
+        """Every world_size-th prompt: what one of several processes completes."""
+        return OrderedPrompts(self.split, self.indices[rank::world_size])
+
+
+def order_prompts(split: Split, indices: Array) -> OrderedPrompts:
+    """The prompts of some examples in batches, in `prompt_order`.
+
+    Args:
+        split: the examples.
+        indices: of those to complete.
+    """
+    lengths = (split.lengths - split.supervised)[indices]
+    return OrderedPrompts(split, indices[prompt_order(lengths)])

@@ -6,6 +6,7 @@
     .parquet          one row per record                      1, 2, 3        row
     claims:train      packaged .jsonl; claims:train[:1700] is its first 1,700 records
     hub:owner/name    rows that `datasets` streams            1, 2, 3        row
+    -                 standard input: one object per line     1, 2, 3        line of <stdin>
 
     reports/          its files of records, sorted by name; not those in its folders
     reports/*.csv     the files that match, sorted; reports/**/*.csv also in folders at any depth
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_phi2.data.readers.delimited import read_delimited
-from lit_phi2.data.readers.files import ENDINGS, FORMATS, split_ending
+from lit_phi2.data.readers.files import ENDINGS, FORMATS, STDIN, split_ending
 from lit_phi2.data.readers.json_array import read_json
 from lit_phi2.data.readers.json_lines import read_json_lines
 from lit_phi2.data.readers.parquet import read_parquet
@@ -59,7 +60,7 @@ def expand_sources(sources: Sequence[str]) -> list[str]:
     endings are left out of a folder and of what a glob matches.
 
     Args:
-        sources: paths, folders, globs, claims:SPLIT or hub:owner/name[:split].
+        sources: paths, folders, globs, claims:SPLIT, hub:owner/name[:split], or - for standard input.
 
     Raises:
         InputError: a folder or a glob has no file of records.
@@ -81,6 +82,8 @@ def read_rows(source: str, *, encoding: str | None = None) -> Rows:
         rows: Rows = enumerate(_read_hub(source), start=1)
     elif source.startswith("claims:"):
         rows = _read_packaged(source)
+    elif source == STDIN:
+        return read_json_lines(Path(STDIN), encoding)
     else:
         rows = _read_file(source, encoding)
     return _log_progress(source, rows)
@@ -91,6 +94,8 @@ def read_rows(source: str, *, encoding: str | None = None) -> Rows:
 
 def _expand(source: str) -> list[str]:
     path = os.path.expanduser(source)
+    if source == "-":
+        return [STDIN]
     if source.startswith(("claims:", "hub:")) or os.path.isfile(path):
         return [source]
     if os.path.isdir(path):

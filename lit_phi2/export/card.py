@@ -5,14 +5,14 @@
                    ---
                    what it is, how to load it, how it was checked, data, metrics, settings, versions, limits
 
-A card is made to be published, so paths of this machine are cut to their last part.
+A card is made to be published, so absolute paths are cut to their last part.
 """
 
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -69,27 +69,23 @@ def model_card(
         load: the command that loads the result.
         facts: what the caller knows of the run.
     """
-    base_name = public_name(base)
+    base_name = base.public_name
     sections = {
-        "How to load it": f"```\n{load}\n```",
+        "How to load it": f"```\n{load}\n```{_base_note(base)}",
         "The prompt": _prompt_section(),
         "What was checked": checks,
         "Data": _table(("split", "records"), facts.data_counts) or "Not known to this export.",
         "Metrics": _table(("metric", "value"), facts.metrics) or "No test was run.",
         "Settings": _settings(adapter, facts.config),
-        "Fingerprints": _table(("of", "value"), {key: shorten_path(value) for key, value in fingerprints.items()}),
+        "Fingerprints": _table(("of", "value"), fingerprints),
         "Versions": _table(("package", "version"), versions()),
         "Limits": _PHI2_LIMITS,
     }
     kind = "A LoRA adapter for" if adapter is not None and _RELATIONS[format] == "adapter" else "A model made from"
-    opening = f"# {base_name.rpartition('/')[2]}, fine-tuned with lit_phi2\n\n{kind} `{base_name}`, as {format}."
+    change = "converted" if adapter is None else "fine-tuned"
+    opening = f"# {base_name.rpartition('/')[2]}, {change} with lit_phi2\n\n{kind} `{base_name}`, as {format}."
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return f"---\n{_front_matter(base, base_name, format)}---\n\n{opening}\n\n{body}\n"
-
-
-def public_name(base: BaseModel) -> str:
-    """The base's hub id, or the last part of its folder."""
-    return base.name if "/" in base.name and not PurePath(base.name).is_absolute() else PurePath(base.name).name
+    return f"---\n{_front_matter(base, adapter, format)}---\n\n{opening}\n\n{body}\n"
 
 
 def versions() -> dict[str, str]:
@@ -135,10 +131,21 @@ def shorten_path(value: Any) -> Any:
     return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if is_path else value
 
 
-def _front_matter(base: BaseModel, base_name: str, format: str) -> str:
+def _base_note(base: BaseModel) -> str:
+    """Why the metadata names no base, where it is not on the hub."""
+    if base.revision:
+        return ""
+    if base.name == "tiny":
+        return "\n\nThe base `tiny` comes with lit_phi2, in lit_phi2/assets/tiny-phi, and is not on the hub."
+    return f"\n\nThe base was read from a folder named `{base.public_name}`; its fingerprint below tells which it is."
+
+
+def _front_matter(base: BaseModel, adapter: Adapter | None, format: str) -> str:
     front: dict[str, Any] = {"license": base_licence(base)}
-    if "/" in base_name:  # the hub refuses a card whose base is no id on the hub
-        front |= {"base_model": base_name, "base_model_relation": _RELATIONS[format]}
+    if base.revision:  # on the hub, which refuses a card whose base is no id there
+        front["base_model"] = base.name
+        if adapter is not None:
+            front["base_model_relation"] = _RELATIONS[format]
     front |= {
         "library_name": _LIBRARIES[format],
         "pipeline_tag": "text-generation",

@@ -133,8 +133,8 @@ def _runtime(stack: ExitStack, exported: Exported, reference: Reference) -> Abst
 
 
 def _temporary_folder(stack: ExitStack, folder: Path) -> Path:
-    """A folder beside the export that is removed with the stack."""
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-base-")))
+    """A folder that is removed with the stack; inside the export's, which the next export removes after a kill."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix="base-")))
 
 
 def _check_tokenizer(runtime: Runtime, tokenizer: PreTrainedTokenizerBase, reference: Reference) -> None:

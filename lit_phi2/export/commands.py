@@ -9,12 +9,15 @@ from lit_phi2.utils.paths import GGUF_ADAPTER_FILE
 INSTRUCTION = "Why was this claim denied?"
 GGUF_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}  # as llama.cpp calls them
 CONVERTED_BASE = "phi-2-converted"
-GGUF_BASE_FILE = "base.gguf"
+_GGUF_BASE_DIR = "base-gguf"
 
 
 def gguf_model_file(dtype: str) -> str:
     """File of a merged model."""
     return f"model-{GGUF_NAMES[dtype]}.gguf"
+
+
+GGUF_BASE = f"{_GGUF_BASE_DIR}/{gguf_model_file('float16')}"
 
 
 def load_command(format: str, dtype: str, base: str, folder: str, *, has_template: bool = False) -> str:
@@ -41,7 +44,7 @@ def load_command(format: str, dtype: str, base: str, folder: str, *, has_templat
         )
         return f"python -c {shlex.quote(code)}"
     if format == "gguf":
-        return f"llama-server -m {GGUF_BASE_FILE} --lora {shlex.quote(f'{folder}/{GGUF_ADAPTER_FILE}')}"
+        return f"llama-server -m {GGUF_BASE} --lora {shlex.quote(f'{folder}/{GGUF_ADAPTER_FILE}')}"
     if format == "gguf-merged":
         return f"llama-server -m {shlex.quote(f'{folder}/{gguf_model_file(dtype)}')}"
     arguments = ["--model", base, "--adapter-path", folder]
@@ -57,11 +60,17 @@ def _quote(value: object) -> str:
     return json.dumps(value)
 
 
-def base_gguf_help(base: str) -> str:
-    """How to get the base as GGUF that a GGUF adapter needs."""
+def base_gguf_help(base: str, place: str) -> str:
+    """How to get the base as GGUF that a GGUF adapter needs.
+
+    Args:
+        base: hub id or folder.
+        place: where the runtime looks for it.
+    """
+    moved = "" if place == GGUF_BASE else f" ({GGUF_BASE} is then {place})"
     return (
-        f"An adapter needs its base as GGUF, with attn_q, attn_k and attn_v apart ({GGUF_BASE_FILE} here):\n"
-        f"    python convert_hf_to_gguf.py {shlex.quote(base)} --outtype f16 --outfile {GGUF_BASE_FILE}\n"
+        f"An adapter needs its base as GGUF, with attn_q, attn_k and attn_v apart{moved}:\n"
+        f"    {_export_base(base)} --format gguf-merged --output_dir {_GGUF_BASE_DIR}\n"
         "An older file of Phi-2 may have one attn_qkv instead; llama.cpp crashes when it loads this adapter on that."
     )
 
@@ -70,9 +79,13 @@ def converted_base_help(base: str, dtype: str) -> str:
     """How to get a base of Phi-2's original code in the form that the load command needs."""
     return (
         "The base has the names of Phi-2's original code, which this runtime does not read. First convert it:\n"
-        f"    python -m lit_phi2 export --model.base {shlex.quote(base)} --format merged --dtype {dtype} "
-        f"--output_dir {CONVERTED_BASE}"
+        f"    {_export_base(base)} --format merged --dtype {dtype} --output_dir {CONVERTED_BASE}"
     )
+
+
+def _export_base(base: str) -> str:
+    """The command that exports a base alone; packaged prompts that are too long for it are left out of its check."""
+    return f"python -m lit_phi2 export --model.base {shlex.quote(base)} --data.on_bad_record skip"
 
 
 def quantize_help(file: str) -> str:

@@ -34,12 +34,12 @@ from lit_phi2.audit.signing import SIGNATURE_FILE, check_private_key, sign_folde
 from lit_phi2.base_config import CONFIG_FILE
 from lit_phi2.base_digest import check_unchanged
 from lit_phi2.errors import InputError
-from lit_phi2.export.card import CardFacts, model_card, public_name
+from lit_phi2.export.card import CardFacts, model_card
 from lit_phi2.export.card import versions as runtime_versions
 from lit_phi2.export.checks import Check, Exported, check_exported
 from lit_phi2.export.commands import (
     CONVERTED_BASE,
-    GGUF_BASE_FILE,
+    GGUF_BASE,
     GGUF_NAMES,
     base_gguf_help,
     converted_base_help,
@@ -136,7 +136,7 @@ def plan_export(
         raise InputError(f"--dtype {dtype}: --format {format} has {', '.join(FORMATS[format])}.")
     check_output_dir(output_dir)
     if adapter is not None:
-        check_adapter(adapter, adapter.settings, base, source=source)
+        adapter = check_adapter(adapter, adapter.settings, base, source=source)
         adapter = with_base_name(adapter, base)
     weights, tokenizer = ModelWeights(base, adapter), load_tokenizer(base)
     if format in ("gguf", "gguf-merged"):
@@ -176,7 +176,7 @@ def export(plan: ExportPlan, reference: Reference | None, facts: CardFacts) -> C
         saved_dtype = str(plan.weights.saved_dtype).removeprefix("torch.")
         log.info("%s", converted_base_help(str(plan.base.folder), saved_dtype))
     if plan.format == "gguf":
-        log.info("%s", base_gguf_help(_base_path(plan)))
+        log.info("%s", base_gguf_help(_base_path(plan), GGUF_BASE))
     if plan.format == "gguf-merged":
         log.info("%s", quantize_help(str(plan.output_dir / gguf_model_file(plan.dtype))))
     log.info("export: %s\nto load it:\n    %s", plan.output_dir, _command(plan, str(plan.output_dir)))
@@ -200,8 +200,9 @@ def _write(plan: ExportPlan, folder: Path) -> None:
         save_adapter(plan.adapter, folder, provenance)
     elif plan.format == "gguf":
         write_gguf_adapter(plan.adapter, num_layers, folder / GGUF_ADAPTER_FILE)
-        comment = base_gguf_help(_base_path(plan, public=True)) + "\nThen: ollama create NAME -f Modelfile"
-        _write_modelfile(folder, f"./{GGUF_BASE_FILE}", f"./{GGUF_ADAPTER_FILE}", comment)
+        comment = base_gguf_help(_base_path(plan, public=True), "base.gguf, beside this file")
+        comment += "\nThen: ollama create NAME -f Modelfile"
+        _write_modelfile(folder, "./base.gguf", f"./{GGUF_ADAPTER_FILE}", comment)
     elif plan.format == "mlx":
         write_mlx_adapter(plan.adapter, num_layers, folder, provenance)
         write_base_copy(plan.base, plan.tokenizer, folder)
@@ -214,7 +215,8 @@ def _write_modelfile(folder: Path, model: str, adapter: str | None, comment: str
 
 def _describe(plan: ExportPlan, folder: Path, check: Check, facts: CardFacts) -> None:
     """Write README.md, export.json, provenance.json and, last, the signature over all files."""
-    fingerprints: dict[str, Any] = dict(plan.base.fingerprint())
+    # An export is made to be given away: it names the base by hub id or folder name, and no path of this machine.
+    fingerprints: dict[str, Any] = {**plan.base.fingerprint(), "base": plan.base.public_name}
     fingerprints["adapter_digest"] = None if plan.adapter is None else adapter_digest(plan.adapter)
     fingerprints |= template_fingerprint()
     card = model_card(
@@ -253,7 +255,7 @@ def _command(plan: ExportPlan, folder: str, *, public: bool = False) -> str:
 
 def _needs_converted_base(plan: ExportPlan) -> bool:
     """Whether the runtime loads the base itself and does not know the names of Phi-2's original code."""
-    return plan.format in ("peft", "gguf") and is_original_config(read_json_object(plan.base.folder / CONFIG_FILE))
+    return plan.format == "peft" and is_original_config(read_json_object(plan.base.folder / CONFIG_FILE))
 
 
 def _base_path(plan: ExportPlan, *, public: bool = False) -> str:
@@ -261,5 +263,5 @@ def _base_path(plan: ExportPlan, *, public: bool = False) -> str:
     if _needs_converted_base(plan):
         return CONVERTED_BASE
     if public:
-        return public_name(plan.base)
+        return plan.base.public_name
     return plan.base.name if plan.base.revision else str(plan.base.folder)

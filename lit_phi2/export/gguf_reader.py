@@ -180,6 +180,8 @@ class _Reader:
     def tensor(self, start: int, shape: tuple[int, ...], dtype: str, offset: int) -> GgufTensor:
         kind, num_elements = TENSOR_TYPES[dtype], math.prod(shape)
         num_bytes = kind.num_bytes(num_elements)
+        if num_elements == 0:
+            raise self.error("a tensor has no elements")
         if start + offset + num_bytes > len(self.data) or (shape and shape[-1] % kind.block):
             raise self.error(f"a tensor of shape {shape} is not inside the file")
         return GgufTensor(shape, dtype, np.frombuffer(self.data, np.uint8, num_bytes, start + offset))

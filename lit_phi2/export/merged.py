@@ -67,9 +67,12 @@ def merged_config(weights: ModelWeights, tokenizer: PreTrainedTokenizerBase, dty
     former = {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
     if rope["rope_type"] != "default":
         former["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
+    # Each program has defaults of its own for what a config.json leaves out: mlx-lm's has Phi-2's 32 heads.
+    complete = {key: getattr(weights.config, key) for key in ("num_key_value_heads", "layer_norm_eps", "hidden_act")}
     return {
         "architectures": ["PhiForCausalLM"],
         "model_type": "phi",
+        **complete,
         **values,
         **former,
         **_token_ids(tokenizer),
@@ -87,7 +90,8 @@ def write_tokenizer(base: BaseModel, folder: Path) -> None:
             shutil.copyfile(base.folder / name, folder / name)
     config_file = base.folder / "tokenizer_config.json"
     config = read_json_object(config_file) if config_file.is_file() else {}
-    config.pop("auto_map", None)  # names code
+    for key in [key for key in config if key == "auto_map" or key.endswith(("_file", "name_or_path"))]:
+        del config[key]  # names code, or where another machine had the files
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same class by the name that transformers 4 knows
     _write_json(folder / "tokenizer_config.json", config | {"chat_template": chat_template()})

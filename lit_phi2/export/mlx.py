@@ -4,7 +4,7 @@
 
 mlx-lm reads a base's rope settings at the top level of its config.json, and takes Phi-2's own where there are none.
 transformers 5 nests them, so a base with other values would be computed wrong without a message. For such a base a copy
-with both forms is written beside the adapter.
+with both forms is written beside the adapter, and for one without num_key_value_heads, which mlx-lm takes to be 32.
 """
 
 import json
@@ -27,7 +27,7 @@ from lit_phi2.utils.json_objects import read_json_object
 
 BASE_COPY = "base"
 # The defaults of mlx_lm/models/phi.py.
-_MLX_DEFAULTS = {"partial_rotary_factor": 0.4, "rope_theta": 10000.0}
+_MLX_DEFAULTS = {"partial_rotary_factor": 0.4, "rope_theta": 10000.0, "num_key_value_heads": 32}
 _GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # the same function
 
 
@@ -71,12 +71,13 @@ def write_base_copy(base: BaseModel, tokenizer: PreTrainedTokenizerBase, folder:
 
 def needs_base_copy(weights: ModelWeights) -> bool:
     """Whether mlx-lm would not find the base's weights, or would read other rope settings than transformers does."""
-    config, rope = read_json_object(weights.base.folder / CONFIG_FILE), weights.rope
+    config = read_json_object(weights.base.folder / CONFIG_FILE)
+    values = weights.rope | {"num_key_value_heads": weights.config.num_attention_heads}
     is_found = all(name.startswith("model") for name in weights.base.weight_files)
     return (
         not is_found
         or is_original_config(config)
-        or any(config.get(key, default) != rope[key] for key, default in _MLX_DEFAULTS.items())
+        or any(config.get(key, default) != values[key] for key, default in _MLX_DEFAULTS.items())
     )
 
 

@@ -43,7 +43,7 @@ def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
     model.model.rotary_emb = PhiRotaryEmbedding(config)  # its frequencies are computed, not saved
     if any(convert_name(name) != name for file in base.weight_files for name, _, _ in _read_header(base, file)):
         log.info("base %s has the names of Phi-2's original code; it is converted while it is read", base.name)
-    views = dict(_hf_parameter_views(model))
+    views = dict(hf_parameter_views(model))
     for name, weight in iter_weights(base):
         views[name].copy_(weight)
     check_unchanged(base.folder, base.files)
@@ -63,7 +63,7 @@ def check_weights(base: BaseModel) -> None:
     Raises:
         InputError: a weight is missing, unexpected, there twice, or of another shape, or a file is damaged.
     """
-    expected = {name: list(view.shape) for name, view in _hf_parameter_views(empty_phi2(base))}
+    expected = {name: list(view.shape) for name, view in hf_parameter_views(empty_phi2(base))}
     problems: dict[str, list[str]] = {
         kind: [] for kind in ("missing keys", "repeated keys", "mismatched keys", "integer keys", "unexpected keys")
     }
@@ -88,7 +88,7 @@ def check_weights(base: BaseModel) -> None:
             )
 
 
-def _hf_parameter_views(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tensor]]:
+def hf_parameter_views(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """Each parameter of transformers' Phi by its name there, as a view of the fused model's memory."""
     for name, parameter in model.named_parameters():
         if ".Wqkv." not in name:
@@ -126,17 +126,24 @@ def _hf_names(name: str, shape: list[int]) -> list[str]:
     return [hf_name.replace(".Wqkv.", f".{projection}_proj.") for projection in "qkv"]
 
 
-def iter_weights(base: BaseModel) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint by transformers' names, one at a time, each mapped from its file until released."""
+def iter_weights(base: BaseModel, prefix: str | tuple[str, ...] = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint by transformers' names, one at a time, each mapped from its file until released.
+
+    Args:
+        base: its files.
+        prefix: of the names; one of several.
+    """
     for file in base.weight_files:
-        for name, _, _ in _read_header(base, file):
+        for name, shape, _ in _read_header(base, file):
+            hf_names = _hf_names(name, shape)
+            if not hf_names[0].startswith(prefix):
+                continue
             try:
                 # Opened for each tensor: what was read stays in memory until the file is closed.
                 with safe_open(base.folder / file, "pt") as weights:
                     weight = weights.get_tensor(name)
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise _unreadable(base, file, error) from error
-            hf_names = _hf_names(name, list(weight.shape))
             yield from zip(hf_names, weight.chunk(len(hf_names)) if len(hf_names) > 1 else [weight], strict=True)
 
 

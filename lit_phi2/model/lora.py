@@ -9,7 +9,7 @@ FusedLoraLinear subclasses it and replaces its forward, so names, state dict, me
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -89,6 +89,25 @@ class FusedLoraLinear(LoraLinear):
         scaling, dropout_scale = self.scaling[name], 1 / (1 - dropout)
         output: Tensor = _FusedLoraFn.apply(flat, self.base_layer, a, b, dropout_mask, scaling, dropout_scale)
         return output.view(*x.shape[:-1], -1)
+
+
+class LoraUpdate(NamedTuple):
+    """scale B A, what LoRA adds to a weight: A (r, in), B (out, r)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def lora_updates(layer: nn.Module) -> list[LoraUpdate]:
+    """The updates that a layer adds at present: none where it has no adapter, or a disabled or merged one."""
+    if not isinstance(layer, FusedLoraLinear) or layer.disable_adapters or layer.merged:
+        return []
+    lora: Any = layer  # torch takes every attribute of a module for a Tensor or a module
+    return [
+        LoraUpdate(lora.lora_A[name].weight.detach(), lora.lora_B[name].weight.detach(), float(lora.scaling[name]))
+        for name in lora.active_adapters
+    ]
 
 
 class _FusedLoraFn(torch.autograd.Function):

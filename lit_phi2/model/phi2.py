@@ -8,7 +8,8 @@ The recipe names `Wqkv`, as Phi-2 was first published. transformers keeps q_proj
 Wqkv there and gives no warning.
 
 `block_forward` is the only forward of a block. Training and evaluation call it with packed attention
-(`packed_forward`), generation calls it with attention over a key/value cache (`Phi2Block.forward`).
+(`packed_forward`), generation with attention over a key/value cache (`generation/decoder.py`), and transformers' own
+code with attention over its cache (`Phi2Block.forward`).
 """
 
 from collections.abc import Callable
@@ -35,6 +36,8 @@ class FusedPhiForCausalLM(PhiForCausalLM):
     Raises:
         InputError: the config has grouped keys and values or normalized queries, which no Phi-2 has.
     """
+
+    is_streamed = False  # each forward of a block reads its weights, which every other block then loses
 
     def __init__(self, config: PhiConfig) -> None:
         if config.num_key_value_heads != config.num_attention_heads or config.qk_layernorm:

@@ -6,24 +6,29 @@ LitPhi2 (`module.py`) adds training, evaluation and checkpoints.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 
 from lit_phi2.adapters.adapter import Adapter, make_adapter
-from lit_phi2.generation.engine import Completion, generate
-from lit_phi2.generation.questions import encode_questions
+from lit_phi2.data.encode import token_budget
+from lit_phi2.generation.drafts import Drafter
+from lit_phi2.generation.engine import Completion, Engine, generate
+from lit_phi2.generation.feed import feed
+from lit_phi2.generation.ngrams import NgramIndex
+from lit_phi2.generation.questions import encode_question, encode_questions
 from lit_phi2.model.device import choose_dtype, disable_malloc_trim
 from lit_phi2.model.lora import LoraSettings, PeftModel, adapter_state_dict, load_adapter_state_dict
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
-from lit_phi2.pretrained import load_tokenizer
+from lit_phi2.pretrained import load_tokenizer, read_model_config
 from lit_phi2.training.base import CheckedBase, check_base, load_base
-from lit_phi2.utils.sequences import batched
+from lit_phi2.training.outputs import to_output
+from lit_phi2.training.protocols import num_pending, tokenizer_of, training_data
+from lit_phi2.types import PromptBatch
 
 log = logging.getLogger(__name__)
-
-PROMPTS_PER_BATCH = 8  # of `complete`
 
 
 class AdapterModule(LightningModule):
@@ -36,7 +41,12 @@ class AdapterModule(LightningModule):
         lora_dropout: on the input of LoRA's update.
         dtype: auto, bfloat16 or float32.
         max_new_tokens: of a completion.
+        max_slots: completions at the same time; None for what memory and device suggest.
+        drafts: whether passes check drafts.
         seed: of new adapter weights.
+
+    Attributes:
+        draft_index: of the training responses; without it drafts come from the prompt alone.
     """
 
     def __init__(
@@ -48,6 +58,8 @@ class AdapterModule(LightningModule):
         lora_dropout: float,
         dtype: str,
         max_new_tokens: int,
+        max_slots: int | None,
+        drafts: bool,
         seed: int,
     ) -> None:
         super().__init__()
@@ -57,9 +69,14 @@ class AdapterModule(LightningModule):
         self.lora_dropout = lora_dropout
         self.compute_dtype = dtype
         self.max_new_tokens = max_new_tokens
+        self.max_slots = max_slots
+        self.drafts = drafts
+        self.draft_index: NgramIndex | None = None
         self.seed = seed
         self.phi: PeftModel | None = None
         self.eos_token_id = -1
+        self.on_completion: Callable[[dict[str, Any]], None] | None = None  # of predict_step, for each as it ends
+        self._engine: Engine | None = None
         self._checked: CheckedBase | None = None
 
     # Loading
@@ -86,7 +103,7 @@ class AdapterModule(LightningModule):
         """
         if self.phi is not None:
             return
-        checked, device = self.check(), self.target_device()
+        checked, device = self.checked, self.target_device()
         dtype, reason = self.choose_dtype()
         log.info("device %s, compute dtype %s: %s", device, str(dtype).removeprefix("torch."), reason)
         if device.type == "cpu":
@@ -110,6 +127,11 @@ class AdapterModule(LightningModule):
         model = self.phi.get_base_model()
         assert isinstance(model, FusedPhiForCausalLM)
         return model
+
+    def load_for_answers(self) -> None:
+        """Load the model where the Trainer would run it, for completions outside its loops."""
+        self.configure_model()
+        self.to(self.target_device())
 
     # The adapter
 
@@ -138,10 +160,58 @@ class AdapterModule(LightningModule):
 
     # Completions
 
+    def new_engine(self, expected_prompts: int | None = None) -> Engine:
+        """An engine on the loaded model; it holds no prompts.
+
+        Args:
+            expected_prompts: how many will be submitted; None for many.
+        """
+        return Engine(
+            self.fused_phi,
+            eos_token_id=self.eos_token_id,
+            max_new_tokens=self.max_new_tokens,
+            max_slots=self.max_slots,
+            expected_prompts=expected_prompts,
+            drafts=self._new_drafter(),
+        )
+
+    def _new_drafter(self) -> Drafter | None:
+        return Drafter(self.draft_index, eos_token_id=self.eos_token_id) if self.drafts else None
+
+    def on_predict_start(self) -> None:
+        self._engine = self.new_engine(num_pending(self.trainer))
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Submit a batch of prompts, and return the completions that ended, each with the index of its record.
+
+        Slots are refilled across batches, so a completion may be that of an earlier batch; the last batch waits for
+        all. `on_completion` gets each when it ends.
+        """
+        assert self._engine is not None
+        tokenizer = tokenizer_of(training_data(self.trainer))
+        is_last = batch_idx + 1 == self.trainer.num_predict_batches[0]
+        prompts = zip(batch.indices, batch.prompts, strict=True)
+        outputs = []
+        for index, completion in feed(self._engine, prompts, drain=is_last):
+            outputs.append(to_output(index, completion, tokenizer))
+            if self.on_completion is not None:
+                self.on_completion(outputs[-1])
+        return outputs
+
+    def on_predict_end(self) -> None:
+        self._engine = None
+
     def generate(self, prompts: list[list[int]], max_new_tokens: int | None = None) -> list[Completion]:
         """Greedy completions of prompts, in their order, by default of at most model.max_new_tokens."""
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        return generate(self.fused_phi, prompts, eos_token_id=self.eos_token_id, max_new_tokens=limit)
+        return generate(
+            self.fused_phi,
+            prompts,
+            eos_token_id=self.eos_token_id,
+            max_new_tokens=limit,
+            max_slots=self.max_slots,
+            drafts=self._new_drafter(),
+        )
 
     def complete(self, instructions: Sequence[str], inputs: Sequence[str] | None = None) -> list[str]:
         """Greedy completions of instructions, as text: `model.complete(["Why was claim 4417 denied?"])`.
@@ -155,8 +225,20 @@ class AdapterModule(LightningModule):
         """
         self.configure_model()
         tokenizer = load_tokenizer(self.checked.model)
-        max_length = self.fused_phi.config.max_position_embeddings - self.max_new_tokens
         texts = [""] * len(instructions) if inputs is None else inputs
-        prompts = encode_questions(tokenizer, instructions, texts, max_length=max_length)
-        completions = [each for batch in batched(prompts, PROMPTS_PER_BATCH) for each in self.generate(batch)]
-        return [str(tokenizer.decode(completion.ids)) for completion in completions]
+        prompts = encode_questions(tokenizer, instructions, texts, max_length=self._max_prompt_length())
+        return [str(tokenizer.decode(completion.ids)) for completion in self.generate(prompts)]
+
+    def encode_question(self, texts: dict[str, str]) -> list[int]:
+        """Token ids of the prompt of instruction and input, given by the names that messages have for them.
+
+        Raises:
+            InputError: it cannot be asked; see `generation/questions.py`.
+        """
+        return encode_question(load_tokenizer(self.checked.model), texts, max_length=self._max_prompt_length())
+
+    def _max_prompt_length(self) -> int:
+        """Tokens that max_new_tokens leaves for a prompt."""
+        base = self.checked.model
+        context = int(read_model_config(base)["max_position_embeddings"])
+        return token_budget("predict", context, self.max_new_tokens, context, base.name)

@@ -58,7 +58,7 @@ def check_base(base: str, settings: LoraSettings, adapter: str | None) -> Checke
     initial = None
     if adapter is not None:
         initial = read_adapter(Path(adapter))
-        check_adapter(initial, settings, model, source=adapter)
+        initial = check_adapter(initial, settings, model, source=adapter)
     return CheckedBase(model, num_layers, num_parameters(model), initial, adapter or "")
 
 

@@ -1,5 +1,6 @@
-"""Exporting: what the running model says to held-out prompts, and what the model card tells of the run.
+"""Exporting: the plan of an export, what the running model says to held-out prompts, and what the card tells.
 
+    --ckpt_path            ->  adapter, its provenance                                              ->  ExportPlan
     val_files, --check 8   ->  8 prompts, spread over the records  ->  model loaded, run, released  ->  Reference
     folder of the run      ->  config.yaml, test_metrics.json, numbers of records                   ->  CardFacts
 
@@ -17,20 +18,64 @@ import torch
 import yaml
 
 from lit_phi2.adapters.adapter import Adapter
-from lit_phi2.adapters.checkpoint import read_checkpoint
-from lit_phi2.audit.provenance import adapter_predicate, read_statement, run_predicate
+from lit_phi2.adapters.checkpoint import read_adapter, read_checkpoint
+from lit_phi2.audit.provenance import (
+    adapter_predicate,
+    check_provenance,
+    provenance_folders,
+    read_statement,
+    run_predicate,
+)
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts
-from lit_phi2.export.exporter import ExportPlan
-from lit_phi2.export.parity import CHECK_TOKENS, Reference, run_reference
+from lit_phi2.export.exporter import ExportPlan, plan_export
+from lit_phi2.export.parity import CHECK_TOKENS, MAX_PROMPTS, Reference, run_reference
 from lit_phi2.model.device import choose_dtype
-from lit_phi2.training.base import check_base, load_base
+from lit_phi2.model.loading import num_parameters
+from lit_phi2.model.lora import add_lora, load_adapter_state_dict
+from lit_phi2.model.streaming import load_streamed_phi2
+from lit_phi2.pretrained import BaseModel
 from lit_phi2.utils.paths import GGUF_SUFFIX, run_dir_of
 
 log = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val")
+
+
+def plan_checkpoint_export(
+    ckpt_path: str | None, base: BaseModel, folder: Path, *, format: str, dtype: str | None, sign: Path | None
+) -> ExportPlan:
+    """Check everything about an export that is known before a model is loaded.
+
+    Args:
+        ckpt_path: a checkpoint or an adapter; None exports the base alone.
+        base: of the adapter.
+        folder: --output_dir.
+        format: --format.
+        dtype: --dtype.
+        sign: --sign.
+
+    Raises:
+        InputError: the checkpoint changed since its provenance was written; see also `plan_export`.
+    """
+    adapter, predicate = None, None
+    if ckpt_path is None:
+        log.info("no --ckpt_path: the base alone is exported, without an adapter")
+    else:
+        check_provenance(*provenance_folders(Path(ckpt_path)))
+        adapter = read_adapter(Path(ckpt_path))
+        predicate = _source_predicate(Path(ckpt_path), adapter)
+    source = f"--ckpt_path {ckpt_path}"
+    return plan_export(adapter, base, folder, format=format, dtype=dtype, source=source, predicate=predicate, sign=sign)
+
+
+def _source_predicate(ckpt_path: Path, adapter: Adapter) -> dict[str, Any]:
+    """The provenance of a checkpoint or an adapter: that of its run, that beside it, or what it says itself."""
+    if ckpt_path.is_file() and ckpt_path.suffix != GGUF_SUFFIX:
+        return run_predicate(read_checkpoint(ckpt_path)[1], run_dir_of(ckpt_path))
+    statement = read_statement(ckpt_path if ckpt_path.is_dir() else ckpt_path.parent)
+    return dict(statement["predicate"]) if statement else adapter_predicate(adapter, adapter.base)
 
 
 def held_out_prompts(datamodule: ClaimsDataModule, count: int, max_positions: int) -> list[list[int]]:
@@ -42,7 +87,7 @@ def held_out_prompts(datamodule: ClaimsDataModule, count: int, max_positions: in
         max_positions: of the base; a prompt leaves space for the tokens that are compared.
 
     Raises:
-        InputError: no prompt is short enough.
+        InputError: no prompt is short enough, or more than MAX_PROMPTS would be compared.
     """
     datamodule.setup("validate")
     examples = datamodule.splits["val"].examples
@@ -53,28 +98,34 @@ def held_out_prompts(datamodule: ClaimsDataModule, count: int, max_positions: in
             f"{max_positions} positions of the base. Give others, or --check 0, which exports without a check."
         )
     count = min(count, len(is_short))
+    if count > MAX_PROMPTS:
+        raise InputError(
+            f"--check {count}: at most {MAX_PROMPTS} prompts are compared, because what the model says to them is kept "
+            "in memory."
+        )
     chosen = [examples[is_short[number * len(is_short) // count]] for number in range(count)]
     return [example.ids[: example.prompt_length] for example in chosen]
 
 
 def run_and_release(
-    plan: ExportPlan, ckpt_path: str, prompts: list[list[int]], *, dtype: str, device: torch.device
+    plan: ExportPlan, ckpt_path: str | None, prompts: list[list[int]], *, dtype: str, device: torch.device
 ) -> Reference:
     """What the base with the plan's adapter says to prompts, as every subcommand runs it; its memory is free again.
 
     Args:
-        plan: has an adapter.
-        ckpt_path: where the adapter comes from.
+        plan: of the export.
+        ckpt_path: where its adapter comes from; None if it has none.
         prompts: token ids.
         dtype: model.dtype of the config.
         device: that runs the model.
     """
-    assert plan.adapter is not None
-    checked = check_base(plan.base.name, plan.adapter.settings, ckpt_path)
-    compute_dtype, reason = choose_dtype(dtype, device, checked.num_parameters)
+    compute_dtype, reason = choose_dtype(dtype, device, num_parameters(plan.base))
     log.info("check: %d prompts, compute dtype %s: %s", len(prompts), str(compute_dtype).removeprefix("torch."), reason)
     # disable_malloc_trim is not called: the memory must return to the system, for a runtime in another process.
-    phi = load_base(checked, plan.adapter.settings, compute_dtype, dropout=0.0).to(device)
+    phi: Any = load_streamed_phi2(plan.base, compute_dtype, device)
+    if plan.adapter is not None:
+        phi = add_lora(phi, plan.adapter.settings, dropout=0.0)
+        load_adapter_state_dict(phi, plan.adapter.weights, source=str(ckpt_path))
     reference = run_reference(phi, prompts, eos_token_id=int(plan.tokenizer.eos_token_id))
     del phi
     gc.collect()
@@ -83,22 +134,16 @@ def run_and_release(
     return reference
 
 
-def card_facts(ckpt_path: Path, datamodule: ClaimsDataModule) -> CardFacts:
+def card_facts(ckpt_path: Path | None, datamodule: ClaimsDataModule) -> CardFacts:
     """What the folder of the adapter's run tells; nothing is guessed where it has no such file.
 
     Records are counted where this export was given the run's own files.
     """
+    if ckpt_path is None:
+        return CardFacts()
     run_dir = run_dir_of(ckpt_path)
     config = _read_config(run_dir / "config.yaml")
     return CardFacts(_count_records(config, datamodule), _read_metrics(run_dir / "test_metrics.json"), config)
-
-
-def source_predicate(ckpt_path: Path, adapter: Adapter) -> dict[str, Any]:
-    """The provenance of a checkpoint or an adapter: that of its run, that beside it, or what it says itself."""
-    if ckpt_path.is_file() and ckpt_path.suffix != GGUF_SUFFIX:
-        return run_predicate(read_checkpoint(ckpt_path)[1], run_dir_of(ckpt_path))
-    statement = read_statement(ckpt_path if ckpt_path.is_dir() else ckpt_path.parent)
-    return dict(statement["predicate"]) if statement else adapter_predicate(adapter, adapter.base)
 
 
 def _count_records(config: Mapping[str, Any], datamodule: ClaimsDataModule) -> dict[str, int]:

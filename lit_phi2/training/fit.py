@@ -26,6 +26,7 @@ from lit_phi2.training.callbacks.progress import ProgressBar, ProgressLogger
 from lit_phi2.training.callbacks.samples import SampleWriter, truncate_samples
 from lit_phi2.training.callbacks.signals import SignalHandlers
 from lit_phi2.training.callbacks.throughput import Throughput
+from lit_phi2.training.draft_index import write_draft_index
 from lit_phi2.training.ledger import open_ledger, write_fit_ledger
 from lit_phi2.training.limits import check_limits
 from lit_phi2.training.loops import new_loops
@@ -144,6 +145,8 @@ class FitTrainer(pl.Trainer):
             (run_dir / PROVENANCE_FILE).unlink(missing_ok=True)  # written again with the adapter
         checkpoints = self._add_run_outputs(run_dir, resumed)
         self.run_dir = run_dir
+        if model.drafts and self.is_global_zero:
+            model.draft_index = write_draft_index(run_dir, datamodule.splits["train"].examples)
         # A resumed run has the step-0 baseline in its event file.
         self.num_sanity_val_steps = 0 if resumed else self._num_sanity_val_steps
         try:

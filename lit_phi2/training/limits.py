@@ -35,7 +35,7 @@ def check_limits(trainer: pl.Trainer, data: ClaimsDataModule, stage: str) -> Non
     if stage != "fit":
         name = "val" if stage == "validate" else stage
         if stage == "predict":  # its loader leaves out what is completed
-            num_batches = math.ceil(len(data.prompt_batches("predict")) / trainer.world_size)
+            num_batches = len(data.prompt_batches("predict").share(0, trainer.world_size))
         else:
             num_batches = len(data.val_dataloader() if stage == "validate" else data.test_dataloader())
         _check_limit(trainer, f"limit_{name}_batches", num_batches, needed=True)

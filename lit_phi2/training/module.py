@@ -31,9 +31,9 @@ from lit_phi2.training.environment import describe_environment, environment_warn
 from lit_phi2.training.loops import use_resumable_loops
 from lit_phi2.training.metrics import AccumulationWindow, EvalSums, eval_metrics
 from lit_phi2.training.optim import build_optimizer, build_schedule, total_steps
-from lit_phi2.training.protocols import TrainingData, tokenizer_of, training_data
+from lit_phi2.training.protocols import TrainingData, training_data
 from lit_phi2.training.resume import check_resumable, generation_fingerprint, remap_batch_progress, run_fingerprint
-from lit_phi2.types import Batch, PromptBatch
+from lit_phi2.types import Batch
 from lit_phi2.utils.constructors import keep_arguments
 from lit_phi2.utils.files import tree_digest
 
@@ -63,6 +63,8 @@ class LitPhi2(AdapterModule):
         activation_checkpointing: less memory, longer steps; activations are recomputed in backward instead of kept.
             Phi-2 over 512 tokens on a CPU: 6.9 GB instead of 8.0, 1.45 times as long.
         max_new_tokens: most tokens of a completion; in samples, test and predict.
+        max_slots: completions at the same time; null takes what memory and device suggest.
+        drafts: guess tokens from training responses; answers stay the same, one at a time they come faster.
         seed: linked from seed_everything.
     """
 
@@ -83,6 +85,8 @@ class LitPhi2(AdapterModule):
         dtype: str = "auto",
         activation_checkpointing: bool = False,
         max_new_tokens: int = 256,
+        max_slots: int | None = None,
+        drafts: bool = True,
         seed: int = 42,
     ) -> None:
         check_dtype(dtype)
@@ -92,6 +96,8 @@ class LitPhi2(AdapterModule):
         check_positive(learning_rate=learning_rate)
         if lora_plus_ratio is not None:
             check_positive(lora_plus_ratio=lora_plus_ratio)
+        if max_slots is not None:
+            check_minimum(1, max_slots=max_slots)
         super().__init__(
             base,
             adapter,
@@ -99,6 +105,8 @@ class LitPhi2(AdapterModule):
             lora_dropout=lora_dropout,
             dtype=dtype,
             max_new_tokens=max_new_tokens,
+            max_slots=max_slots,
+            drafts=drafts,
             seed=seed,
         )
         self.learning_rate = learning_rate
@@ -204,7 +212,7 @@ class LitPhi2(AdapterModule):
         steps_per_epoch = training_data(self.trainer).steps_per_epoch()
         return total_steps(steps_per_epoch, self.trainer.max_epochs, self.trainer.max_steps)
 
-    # Evaluation and prediction
+    # Evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.eval_sums.add(self.loss(batch))
@@ -223,19 +231,6 @@ class LitPhi2(AdapterModule):
 
     def on_test_epoch_end(self) -> None:
         self._log_eval_metrics("test")
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Completions as text, each with the index of its record: batches are in the order of their lengths."""
-        tokenizer = tokenizer_of(training_data(self.trainer))
-        return [
-            {
-                "index": index,
-                "completion": tokenizer.decode(completion.ids),
-                "finish_reason": completion.finish_reason,
-                "new_tokens": len(completion.ids),
-            }
-            for index, completion in zip(batch.indices, self.generate(batch.prompts), strict=True)
-        ]
 
     def _log_eval_metrics(self, stage: str) -> None:
         values = eval_metrics(stage, self.eval_sums.close())

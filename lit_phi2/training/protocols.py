@@ -1,28 +1,29 @@
 """TrainingData: what the model, the callbacks and the Trainer use of the data module.
 
     LitPhi2       base, max_new_tokens, seed, batching, steps_per_epoch, num_training_batches, fingerprint
-    callbacks     splits, tokenizer, prompt_batches, output_kinds
-    Trainer       splits, tokenizer, training_records
+    callbacks     splits, tokenizer, prompt_batches, pending, output_kinds
+    Trainer       splits, tokenizer, base, max_length, training_records
 
 Lightning types `trainer.datamodule` as Any; `training_data(trainer)` gives it this type, so that mypy checks every use.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.data.loaders import OrderedPrompts
+from lit_phi2.data.packing import Array
 from lit_phi2.data.records import Record
 from lit_phi2.data.schedule import BatchingConfig
 from lit_phi2.data.splits import Split
-from lit_phi2.types import PromptBatch
 
 
 class TrainingData(Protocol):
     """A data module that is set up; ClaimsDataModule is one."""
 
     base: str
+    max_length: int
     max_new_tokens: int
     seed: int
     output_kinds: frozenset[str]  # of identifiers that samples and predictions show as placeholders
@@ -47,8 +48,11 @@ class TrainingData(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """The settings of the data that a resumed run must share, by config key."""
 
-    def prompt_batches(self, split_name: str, count: int | None = None) -> Sequence[PromptBatch]:
+    def prompt_batches(self, split_name: str, count: int | None = None) -> OrderedPrompts:
         """The prompts of the first `count` examples of a split, or of all."""
+
+    def pending(self) -> Array:
+        """Indices in predict_files that are not yet completed."""
 
     def training_records(self) -> list[Record]:
         """The records of train_files, for the nearest-record baseline."""
@@ -64,3 +68,8 @@ def tokenizer_of(data: TrainingData) -> PreTrainedTokenizerBase:
     """The tokenizer of a data module that is set up."""
     assert data.tokenizer is not None
     return data.tokenizer
+
+
+def num_pending(trainer: pl.Trainer) -> int:
+    """Records of predict_files that this process completes."""
+    return len(training_data(trainer).pending()[trainer.global_rank :: trainer.world_size])

@@ -42,6 +42,13 @@ def print_text(text: str, file: TextIO | None = None) -> None:
     print(to_printable(text, stream), file=stream, flush=file is not None)
 
 
+def write_text(text: str) -> None:
+    """Write a piece of text to standard output at once; on a terminal without its control characters."""
+    if text:
+        sys.stdout.write(to_printable(text, sys.stdout) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+
+
 def replace_unencodable() -> None:
     """Let stdout and stderr write the escape of a character that their encoding lacks, where they would raise."""
     for stream in (sys.stdout, sys.stderr):
@@ -57,6 +64,17 @@ def to_printable(text: str, stream: TextIO) -> str:
     """
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return escape_control_chars(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def format_seconds(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> format_seconds(3725.4)
+    '1:02:05'
+    """
+    minutes, seconds_rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds_rest:02d}"
 
 
 def shell_command(*arguments: object) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def atomic_write(path: Path, content: str | bytes | Iterable[str]) -> None:
+def atomic_write(path: Path, content: str | bytes | Iterable[str | bytes]) -> None:
     """Write beside `path`, then rename: a reader finds the old file or the new one, complete, whenever it looks.
 
     Of two processes that write the same file at once, one waits: `<name>.new` has a fixed name, so that the next write
@@ -46,7 +46,7 @@ def atomic_write(path: Path, content: str | bytes | Iterable[str]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _write(path: Path, content: str | bytes | Iterable[str]) -> None:
+def _write(path: Path, content: str | bytes | Iterable[str | bytes]) -> None:
     parts: Iterable[str | bytes] = [content] if isinstance(content, str | bytes) else content
     with path.open("wb") as file:
         for part in parts:

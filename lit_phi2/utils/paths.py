@@ -1,6 +1,6 @@
 """Paths: the folder of a run, and the checkpoint that a name refers to.
 
-    runs/tiny/version_0/      config.yaml  events.out.tfevents*  samples.jsonl  predictions.jsonl
+    runs/tiny/version_0/      config.yaml  events.out.tfevents*  samples.jsonl  predictions.jsonl  drafts.npz
         checkpoints/          last.ckpt  best.ckpt
         adapter/              PEFT form
         ledger.parquet, ledger_key.json, provenance.json

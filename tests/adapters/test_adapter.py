@@ -138,7 +138,9 @@ def test_a_projection_alone_is_never_dropped(phi_dir: Path, tmp_path: Path) -> N
     save_file(kept, tmp_path / "adapter_model.safetensors")
     (tmp_path / "lit_phi2.json").unlink()  # as other tools write it: no digest
     edit_config(tmp_path, target_modules=["fc1", "fc2"])
-    with pytest.raises(InputError, match=r"target_modules lacks 'v_proj', but there is a weight"):
+    with pytest.raises(
+        InputError, match=r"do not select 'model\.layers\.\d\.self_attn\.v_proj', but there is a weight"
+    ):
         read_adapter(tmp_path)
 
 

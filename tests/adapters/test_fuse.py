@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PhiForCausalLM
 
-from lit_phi2.adapters.adapter import Adapter, check_adapter
+from lit_phi2.adapters.adapter import Adapter, _log_partial, check_adapter
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.adapters.peft_format import save_adapter
 from lit_phi2.errors import InputError
@@ -42,6 +42,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
         10,
         10,
     ),
+    "regex": ({"target_modules": r".*\.(q_proj|fc2)"}, 4, 8),
+    "every linear layer": ({"target_modules": "all-linear"}, 12, 24),
+    "names without a layer": ({"target_modules": ["Wqkv", "o_proj", "fc1", "fc2"]}, 4, 8),
+    "alpha 2.5": ({"target_modules": [*QKV, "fc1"], "lora_alpha": 2.5}, 12, 12),
+    "alpha below 0": ({"target_modules": ["q_proj", "fc1"], "lora_alpha": -8}, 4, 4),
+    "alpha 0.3 of one layer": ({"target_modules": ["fc1", "fc2"], "alpha_pattern": {r"layers\.1\..*fc2": 0.3}}, 4, 4),
+    "rank-stabilised, alpha 2.5": ({"target_modules": ["fc1", "dense"], "use_rslora": True, "lora_alpha": 2.5}, 4, 5),
     "rank-stabilised": ({"target_modules": [*QKV, "fc1"], "use_rslora": True}, 12, 48),
     "rank-stabilised, odd": ({"target_modules": ["q_proj", "fc1"], "use_rslora": True, "r": 3, "lora_alpha": 5}, 3, 5),
     "all at once": (
@@ -53,6 +60,31 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
         },
         9,
         9,
+    ),
+}
+
+
+# Name -> what PEFT was told; the layers that then have an adapter, of 2 blocks of as many kinds.
+PARTIAL: dict[str, tuple[dict[str, Any], str]] = {
+    "one block": ({"target_modules": [*QKV, "fc1"], "layers_to_transform": [1]}, "2 of the 4"),
+    "one block by number": ({"target_modules": ["v_proj", "fc2"], "layers_to_transform": 0}, "2 of the 4"),
+    "list of blocks": (
+        {"target_modules": ["fc1"], "layers_to_transform": [0, 7], "layers_pattern": "layers"},
+        "1 of the 2",
+    ),
+    "named layers": (
+        {"target_modules": ["layers.0.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.fc1"]},
+        "3 of the 4",
+    ),
+    "regex": ({"target_modules": r"model\.layers\.1\.(self_attn|mlp)\.(?:k_proj|fc1)"}, "2 of the 4"),
+    "excluded layer": ({"target_modules": [*QKV, "fc1"], "exclude_modules": ["layers.0.mlp.fc1"]}, "3 of the 4"),
+    "excluded by regex": (
+        {"target_modules": ["q_proj", "fc2"], "exclude_modules": r".*layers\.1\.mlp.*"},
+        "3 of the 4",
+    ),
+    "excluded, ranks": (
+        {"target_modules": "all-linear", "exclude_modules": ["0.mlp.fc1", "dense"], "rank_pattern": {"fc2": 2}},
+        "5 of the 6",
     ),
 }
 
@@ -75,7 +107,7 @@ def peft_adapter(phi_dir: Path, folder: Path, **settings: Any) -> Tensor:
 
 def logits_of(base: BaseModel, adapter: Adapter) -> Tensor:
     """Of the fused model, in float32."""
-    check_adapter(adapter, adapter.settings, base, source="adapter")
+    adapter = check_adapter(adapter, adapter.settings, base, source="adapter")
     phi = add_lora(load_phi2(base, torch.float32), adapter.settings, dropout=0.0)
     load_adapter_state_dict(phi, adapter.weights, source="adapter")
     model = phi.eval().get_base_model()
@@ -101,6 +133,37 @@ def test_an_adapter_of_plain_peft_has_peft_s_logits(
     save_adapter(adapter, tmp_path / "again")  # as its own export, in which q, k and v share an A
     again = read_adapter(tmp_path / "again").weights
     assert all(torch.equal(again[key], weight) for key, weight in adapter.weights.items())
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_an_adapter_of_some_layers_has_peft_s_logits(
+    name: str, phi_dir: Path, base: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reference: PEFT. A layer without an adapter gets one whose B is zero, and its export has PEFT's logits, too."""
+    caplog.set_level(logging.INFO, "lit_phi2")
+    settings, layers = PARTIAL[name]
+    expected = peft_adapter(phi_dir, tmp_path / "peft", **settings)
+    adapter = read_adapter(tmp_path / "peft")
+    assert (logits_of(base, adapter) - expected).abs().max() < 1e-5
+    _log_partial.cache_clear()
+    complete = check_adapter(adapter, adapter.settings, base, source="x")
+    assert f"x: adapts {layers} layers of these kinds; the others do not change" in caplog.text
+    save_adapter(complete, tmp_path / "again")
+    again = PeftModel.from_pretrained(PhiForCausalLM.from_pretrained(phi_dir), str(tmp_path / "again")).eval()
+    with torch.no_grad():
+        assert (again(input_ids=IDS).logits - expected).abs().max() < 1e-5
+
+
+def test_every_rank_of_a_layer_that_is_added_learns(phi_dir: Path, base: BaseModel, tmp_path: Path) -> None:
+    """With A and B zero neither would ever have a gradient; A is the same at each reading."""
+    peft_adapter(phi_dir, tmp_path, target_modules=["fc1"], layers_to_transform=[1])
+    adapters = [
+        check_adapter(a, a.settings, base, source="a") for a in (read_adapter(tmp_path), read_adapter(tmp_path))
+    ]
+    a, b = (f"base_model.model.model.layers.0.mlp.fc1.lora_{x}.weight" for x in "AB")
+    assert torch.equal(adapters[0].weights[a], adapters[1].weights[a])
+    assert adapters[0].weights[a].abs().sum(1).min() > 0
+    assert not adapters[0].weights[b].any()
 
 
 def test_q_k_and_v_apart_are_blocks_of_the_fused_layer(phi_dir: Path, tmp_path: Path) -> None:
@@ -140,7 +203,10 @@ def test_training_on_asks_for_the_fused_rank(phi_dir: Path, base: BaseModel, tmp
     ("change", "message"),
     [
         ({"layers.0.self_attn.q_proj.lora_B": None}, r"has no weight '.*layers\.0\.self_attn\.q_proj\.lora_B\.weight'"),
-        ({"layers.0.self_attn.q_proj": None}, r"adapts k_proj but has no weight '.*layers\.0\.self_attn\.q_proj"),
+        ({"layers.0.self_attn.q_proj": None}, r"has no weight '.*0\.self_attn\.q_proj\.lora_A"),
+        ({"layers.0": None}, r"has no weight '.*layers\.0\.self_attn\.q_proj\.lora_A"),
+        ({"k_proj": None}, r"has no weight '.*layers\.0\.self_attn\.k_proj\.lora_A"),
+        ({"": None}, "has no weights of LoRA"),
         ({"layers.1.self_attn.v_proj.lora_A": torch.zeros(5, 64)}, r"has shape \(5, 64\); expected \(4, 64\)"),
         ({"layers.1.self_attn.v_proj.lora_A": torch.zeros(4, 63)}, "weights of different shapes"),
         ({"layers.1.self_attn.v_proj.lora_A": torch.zeros(4, 64).int()}, r"is torch\.int32; expected floating-point"),

@@ -31,12 +31,9 @@ HARMLESS = {
 }
 # A value other than the default of each key that changes what the weights mean, or what they are added to.
 MEANINGFUL: dict[str, Any] = {
-    "exclude_modules": ["fc1"],
     "fan_in_fan_out": True,
     "bias": "all",
     "modules_to_save": ["lm_head"],
-    "layers_to_transform": 0,
-    "layers_pattern": "layers",
     "megatron_config": {"tensor_model_parallel_size": 2},
     "megatron_core": "other.core",
     "trainable_token_indices": [7],
@@ -59,8 +56,15 @@ MEANINGFUL: dict[str, Any] = {
     "kasa_config": {},
     "ensure_weight_tying": True,
 }
-# A value of each key whose meaning is kept.
-KEPT: dict[str, Any] = {"use_rslora": True, "rank_pattern": {"fc1": 8}, "alpha_pattern": {"fc1": 8}}
+# A value of each key whose meaning is kept, and what is kept.
+KEPT: dict[str, tuple[Any, Any]] = {
+    "use_rslora": (True, True),
+    "rank_pattern": ({"fc1": 8}, {"fc1": 8}),
+    "alpha_pattern": ({"fc1": 2.5}, {"fc1": 2.5}),
+    "exclude_modules": (["fc1"], ("fc1",)),
+    "layers_to_transform": (0, (0,)),
+    "layers_pattern": ("layers", ("layers",)),
+}
 KEYS = sorted({field.name for field in dataclasses.fields(LoraConfig)} - PLAIN.keys())
 
 
@@ -73,12 +77,13 @@ def test_every_key_of_peft_is_harmless_or_refused_by_name(key: str) -> None:
     """A key that a newer PEFT adds fails here until it is put into one of the tables, and is refused meanwhile."""
     assert key in HARMLESS or key in MEANINGFUL or key in KEPT
     if key in KEPT:
-        assert getattr(read(**{key: KEPT[key]}), key) == KEPT[key]
+        value, expected = KEPT[key]
+        assert getattr(read(**{key: value}), key) == expected
         return
     if key in HARMLESS:
         assert read(**{key: HARMLESS[key]}) == SETTINGS
         return
-    with pytest.raises(InputError, match=rf"adapter_config\.json: {key} is "):
+    with pytest.raises(InputError, match=rf"adapter_config\.json: {key} is .* Merge it into its base in PEFT"):
         read(**{key: MEANINGFUL[key]})
 
 
@@ -113,15 +118,62 @@ def test_an_unknown_key_is_accepted_only_unset() -> None:
             read(some_new_variant=value)
 
 
-def test_a_whole_alpha_is_accepted_as_a_float() -> None:
-    assert read(lora_alpha=8.0) == SETTINGS
-    with pytest.raises(InputError, match=r"lora_alpha is 2\.5; expected a whole number"):
-        read(lora_alpha=2.5)
+@pytest.mark.parametrize("alpha", [8.0, 2.5, 1e-9, 0, -4])
+def test_any_finite_alpha_is_accepted(alpha: float) -> None:
+    """By hand: the scale of B A is alpha / 4."""
+    assert float(read(lora_alpha=alpha).scale("model.layers.0.mlp.fc1")) == alpha / 4
 
 
-@pytest.mark.parametrize("named", [["q_proj"], ["v_proj", "q_proj"], ["k_proj"]])
-def test_some_of_q_k_and_v_adapt_wqkv(named: list[str]) -> None:
-    assert read(target_modules=[*named, "fc1"]).fused_targets() == ("Wqkv", "fc1")
+@pytest.mark.parametrize("alpha", ["8", True, None, 2.0**31, float("inf"), float("nan")])
+def test_an_alpha_that_is_no_number_is_refused(alpha: Any) -> None:
+    with pytest.raises(InputError, match=r"lora_alpha is .*; expected a number from"):
+        read(lora_alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("changes", "selected"),
+    [
+        ({"target_modules": ["fc1"]}, "0.mlp.fc1 1.mlp.fc1"),
+        ({"target_modules": "All-Linear"}, "0.mlp.fc1 0.self_attn.q_proj 1.mlp.fc1 1.self_attn.q_proj"),
+        ({"target_modules": r".*1\.(mlp|self_attn)\.(fc1|q_proj)"}, "1.mlp.fc1 1.self_attn.q_proj"),
+        ({"target_modules": ["model.layers.1.mlp.fc1"]}, "1.mlp.fc1"),
+        (
+            {"target_modules": ["fc1", "q_proj"], "exclude_modules": ["1.mlp.fc1"]},
+            "0.mlp.fc1 0.self_attn.q_proj 1.self_attn.q_proj",
+        ),
+        ({"target_modules": ["fc1"], "layers_to_transform": [1, 5]}, "1.mlp.fc1"),
+        ({"target_modules": ["fc1"], "layers_to_transform": [1], "layers_pattern": ["h"]}, ""),
+        ({"target_modules": ["fc1"], "layers_to_transform": []}, "0.mlp.fc1 1.mlp.fc1"),
+    ],
+)
+def test_the_layers_that_settings_select(changes: dict[str, Any], selected: str) -> None:
+    layers = [f"model.layers.{name}" for name in ("0.mlp.fc1", "0.self_attn.q_proj", "1.mlp.fc1", "1.self_attn.q_proj")]
+    assert [layer for layer in layers if read(**changes).selects(layer)] == [
+        f"model.layers.{s}" for s in selected.split()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target_modules": r"(?!.*lm_head).*"},
+            r"target_modules names '\(\?!.*a regular expression of letters.*Merge it",
+        ),
+        ({"exclude_modules": "(a+)+"}, "exclude_modules names"),
+        ({"layers_to_transform": 0, "layers_pattern": ["(h+)+"]}, "layers_pattern names"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform is a list; expected an integer or a list of integers"),
+        ({"layers_to_transform": "1"}, "layers_to_transform is '1'"),
+        ({"exclude_modules": [1]}, "exclude_modules is a list; expected a text, or a list of texts"),
+        ({"target_modules": "fc1", "layers_to_transform": 0}, "no effect where target_modules is a text"),
+        ({"target_modules": []}, "target_modules is a list that is empty"),
+        ({"target_modules": [f"a{number}" for number in range(5000)]}, "has 5000 names; expected at most 4096"),
+        ({"target_modules": "(a|a)" * 50}, "target_modules names"),
+    ],
+)
+def test_a_selection_of_another_kind_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(**changes)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +182,9 @@ def test_some_of_q_k_and_v_adapt_wqkv(named: list[str]) -> None:
         ("rank_pattern", {"fc1": 0}, "rank_pattern: fc1 is 0; expected an integer from 1"),
         ("rank_pattern", {"fc1": "two"}, "rank_pattern: fc1 is 'two'"),
         ("rank_pattern", ["fc1"], "rank_pattern is .*; expected an object"),
-        ("alpha_pattern", {"fc1": 2.5}, r"alpha_pattern: fc1 is 2\.5; expected a whole number"),
-        ("alpha_pattern", {"(a+)+$": 4}, "expected the name of a layer, or a simple regular expression"),
-        ("alpha_pattern", {"((fc1": 4}, "expected the name of a layer, or a simple regular expression"),
+        ("alpha_pattern", {"fc1": "2.5"}, r"alpha_pattern: fc1 is '2\.5'; expected a number"),
+        ("alpha_pattern", {"(a+)+$": 4}, "expected the name of a layer, or a regular expression of letters"),
+        ("alpha_pattern", {"((fc1": 4}, "expected the name of a layer, or a regular expression of letters"),
         ("use_rslora", "yes", "use_rslora is 'yes'"),
     ],
 )

@@ -14,12 +14,13 @@ from transformers import PhiForCausalLM
 
 from helpers import new_data, new_module, new_trainer
 from lit_phi2.adapters.adapter import check_adapter
-from lit_phi2.adapters.checkpoint import adapter_from_state, adapter_to_state, read_adapter
+from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.adapters.peft_format import save_adapter
 from lit_phi2.errors import InputError
 from lit_phi2.model.lora import LoraSettings
 from lit_phi2.model.phi2 import packed_forward
 from lit_phi2.training.module import LitPhi2
+from lit_phi2.utils.files import tree_digest
 
 IDS, POSITIONS = torch.arange(3, 43)[None], torch.arange(40)[None]
 
@@ -59,22 +60,37 @@ def test_an_exported_adapter_has_peft_s_logits(rank: int, phi_dir: Path, tmp_pat
     assert all(torch.equal(imported.weights[name], weight) for name, weight in adapter.weights.items())
 
 
-def test_a_checkpoint_keeps_it(
-    phi_dir: Path, write_jsonl: Callable[..., Path], record_rows: list[dict[str, str]], tmp_path: Path
-) -> None:
+@pytest.fixture
+def run(phi_dir: Path, write_jsonl: Callable[..., Path], record_rows: list[dict[str, str]], tmp_path: Path) -> Path:
+    """The folder of a run with use_rslora."""
     module = new_module(phi_dir, use_rslora=True)
     new_trainer(tmp_path, keep=True, max_steps=1).fit(module, new_data(phi_dir, write_jsonl(record_rows)))
-    folder = tmp_path / "run" / "version_0"
-    for path in (folder / "checkpoints" / "last.ckpt", folder / "adapter"):
+    return tmp_path / "run" / "version_0"
+
+
+def test_a_checkpoint_keeps_it(run: Path) -> None:
+    for path in (run / "checkpoints" / "last.ckpt", run / "adapter"):
         assert read_adapter(path).settings == LoraSettings(4, 8, ("Wqkv", "fc1", "fc2"), use_rslora=True)
 
 
-def test_a_checkpoint_without_the_key_is_plain_lora(phi_dir: Path) -> None:
-    """As those before this setting are."""
-    adapter = new_module(phi_dir).trained_adapter()
-    state = adapter_to_state(adapter)
-    assert state.pop("use_rslora") is False
-    assert adapter_from_state(state, adapter.weights).settings == adapter.settings
+def test_former_code_does_not_take_it_for_plain_lora(run: Path) -> None:
+    """Code without this setting reads format 3 alone, and would not miss the key; of a folder it refuses the key."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["lit_phi2"]["format_version"] != 3
+
+
+@pytest.mark.parametrize(("format_version", "is_read"), [(3, True), (4, False), (5, False), (2, False)])
+def test_a_checkpoint_without_it_is_of_the_former_format(format_version: int, is_read: bool, run: Path) -> None:
+    """As those before this setting are; they are plain LoRA."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint["digest"], checkpoint["lit_phi2"]["use_rslora"]
+    checkpoint["lit_phi2"]["format_version"] = format_version
+    torch.save({**checkpoint, "digest": tree_digest(checkpoint)}, run / "former.ckpt")
+    if is_read:
+        assert read_adapter(run / "former.ckpt").settings == LoraSettings(4, 8, ("Wqkv", "fc1", "fc2"))
+        return
+    with pytest.raises(InputError, match=r"has no use_rslora|its format is \d, this one reads 3 and 4"):
+        read_adapter(run / "former.ckpt")
 
 
 def test_another_kind_of_scale_is_refused(phi_dir: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_phi2.cli.app import SUBCOMMANDS, TRAINER_DEFAULTS
+from lit_phi2.cli.app import TRAINER_DEFAULTS
 from lit_phi2.cli.arguments import ALLOWED_CLASS_NAMES
 from lit_phi2.cli.main import main
+from lit_phi2.cli.subcommands import SUBCOMMANDS
 from lit_phi2.training.trainer import Trainer
 
 README = (Path(__file__).parents[2] / "configs" / "README.md").read_text("utf-8")

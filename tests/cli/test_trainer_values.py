@@ -22,27 +22,29 @@ Row = dict[str, str]
 KEYS = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
 HUGE = str(10**30)
 VALUES = ("0", "-1", HUGE, "null")
-_ONLY_NULL = "precision logger callbacks max_time profiler plugins model_registry gradient_clip_algorithm deterministic"
-_ONLY_NULL += " benchmark enable_checkpointing enable_progress_bar enable_model_summary val_check_interval"
-HARMLESS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys([*_ONLY_NULL.split(), "check_val_every_n_epoch"], ("null",)),
-    **dict.fromkeys(["min_epochs", "min_steps"], ("0", "null")),
-    **dict.fromkeys(["limit_test_batches", "limit_predict_batches", "limit_val_batches"], ("0", HUGE, "null")),
-    "gradient_clip_val": ("0", HUGE, "null"),
-    "limit_train_batches": (HUGE, "null"),
-    "overfit_batches": ("0", HUGE),
-    "max_epochs": (HUGE,),  # max_steps ends this run
-    "max_steps": ("-1", HUGE),
-    "fast_dev_run": ("0", HUGE),
-    "num_sanity_val_steps": ("0", "-1"),
-    "log_every_n_steps": (HUGE, "null"),
-    "reload_dataloaders_every_n_epochs": ("0",),
-    "default_root_dir": ("0", "-1", HUGE),  # names of folders
-}
-REFUSED = [(key, value) for key in KEYS for value in VALUES if value not in HARMLESS.get(key, ())]
+_NULL = "precision logger callbacks max_time profiler plugins model_registry gradient_clip_algorithm deterministic"
+_NULL += " benchmark enable_checkpointing enable_progress_bar enable_model_summary val_check_interval"
+_NULL += " check_val_every_n_epoch min_epochs min_steps limit_train_batches limit_val_batches"
+_NULL += " limit_test_batches limit_predict_batches gradient_clip_val"
+_ZERO = "min_epochs min_steps limit_test_batches limit_predict_batches gradient_clip_val overfit_batches fast_dev_run"
+_ZERO += " reload_dataloaders_every_n_epochs default_root_dir"  # a folder may have any name
+_HUGE = "limit_train_batches limit_val_batches limit_test_batches limit_predict_batches gradient_clip_val max_steps"
+# Keys of one run; then its optimizer steps, and its validations, the first of which measures the base.
+HARMLESS: list[tuple[dict[str, str], tuple[int, int]]] = [
+    (dict.fromkeys(_NULL.split(), "null"), (3, 2)),
+    (dict.fromkeys(_ZERO.split(), "0"), (3, 2)),
+    (dict.fromkeys([*_HUGE.split(), "default_root_dir"], HUGE), (3, 2)),
+    ({"max_steps": "-1", "num_sanity_val_steps": "-1", "default_root_dir": "-1"}, (3, 2)),
+    ({"num_sanity_val_steps": "0"}, (3, 1)),
+    ({"limit_val_batches": "0"}, (3, 0)),
+    ({"overfit_batches": HUGE}, (3, 2)),
+    ({"max_epochs": HUGE}, (3, 2)),  # max_steps ends this run
+    ({"log_every_n_steps": HUGE}, (3, 2)),
+    ({"log_every_n_steps": "null"}, (3, 2)),
+]
+_ACCEPTED = {pair for settings, _ in HARMLESS for pair in settings.items()} | {("fast_dev_run", HUGE)}
+REFUSED = [(key, value) for key in KEYS for value in VALUES if (key, value) not in _ACCEPTED]
 REFUSED.remove(("devices", HUGE))  # tried below without a run, which would start so many processes if it were taken
-# Optimizer steps, and validations, the first of which measures the base; (3, 2) without the key.
-EFFECTS = {("num_sanity_val_steps", "0"): (3, 1), ("limit_val_batches", "0"): (3, 0)}
 
 
 @pytest.fixture
@@ -65,7 +67,6 @@ def fit(
     return lambda *arguments: main(["fit", "--config", "small.yaml", *arguments])
 
 
-@pytest.mark.slow
 def test_every_other_value_is_refused_with_its_key(fit: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert len(REFUSED) > 100
     for key, value in REFUSED:
@@ -76,24 +77,21 @@ def test_every_other_value_is_refused_with_its_key(fit: Callable[..., int], caps
         assert not Path("runs").exists(), (key, value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("key", HARMLESS)
-def test_a_harmless_value_trains_the_same_run(
-    key: str, fit: Callable[..., int], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("settings", "effect"), HARMLESS, ids=[", ".join(settings)[:30] for settings, _ in HARMLESS])
+def test_harmless_values_train_the_same_run(
+    settings: dict[str, str], effect: tuple[int, int], fit: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number, value in enumerate(HARMLESS[key]):
-        limit = ["--trainer.max_steps", "3"] if key == "max_epochs" else []
-        assert fit(f"--trainer.{key}={value}", "--run_name", f"run{number}", *limit) == 0, value
-        output = capsys.readouterr().err
-        steps, validations = EFFECTS.get((key, value), (3, 2))
-        assert ("the training curves are empty" in output) == (key == "log_every_n_steps"), value
-        if (key, value) == ("fast_dev_run", HUGE):  # a dry run of all batches
-            assert not Path("runs", f"run{number}").exists()
-            continue
-        assert output.count("val/loss") == validations, value
-        root = value if key == "default_root_dir" else "runs"
-        last = torch.load(Path(root, f"run{number}", "version_0/checkpoints/last.ckpt"), weights_only=True)
-        assert last["global_step"] == steps, value
+    limit = ["--trainer.max_steps=3"] if "max_epochs" in settings else []
+    assert fit("--run_name=run", *[f"--trainer.{key}={value}" for key, value in settings.items()], *limit) == 0
+    output = capsys.readouterr().err
+    assert ("the training curves are empty" in output) == ("log_every_n_steps" in settings)
+    last = Path(settings.get("default_root_dir", "runs"), "run", "version_0", "checkpoints", "last.ckpt")
+    assert (torch.load(last, weights_only=True)["global_step"], output.count("val/loss")) == effect
+
+
+def test_a_dry_run_of_all_batches_leaves_no_folder(fit: Callable[..., int]) -> None:
+    assert fit(f"--trainer.fast_dev_run={HUGE}") == 0
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(

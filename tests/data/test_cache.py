@@ -129,7 +129,7 @@ def test_prompt_batches_contain_every_prompt_once(new_data: NewData, tmp_path: P
     prompts = {index: prompt for batch in batches for index, prompt in zip(batch.indices, batch.prompts, strict=True)}
     assert prompts == {index: example.ids for index, example in enumerate(data.splits["predict"].examples)}
     lengths = [len(prompt) for batch in batches for prompt in batch.prompts]
-    assert lengths == sorted(lengths)
+    assert lengths == sorted(lengths, reverse=True)
 
 
 # Written once
@@ -267,9 +267,7 @@ def start(cache_dir: Path, log: Path, pause: float) -> multiprocessing.process.B
 
 
 def wait_for_line(log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not (log.is_file() and log.read_text()):
-        assert time.monotonic() < deadline
+    while not (log.is_file() and log.read_text()):  # pytest limits the time
         time.sleep(0.01)
 
 
@@ -279,7 +277,7 @@ def test_two_runs_that_start_together_build_one_cache(tmp_path: Path) -> None:
     wait_for_line(log)
     second = start(tmp_path / "cache", log, 1.0)
     for process in (first, second):
-        process.join(60)
+        process.join()
         assert process.exitcode == 0
     lines = log.read_text().splitlines()
     assert lines.count("builds") == 1
@@ -290,11 +288,11 @@ def test_two_runs_that_start_together_build_one_cache(tmp_path: Path) -> None:
 
 def test_a_kill_during_the_build_leaves_no_complete_cache(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start(tmp_path / "cache", log, 60.0)
+    process = start(tmp_path / "cache", log, 600.0)
     wait_for_line(log)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
+    process.join()
     (partial,) = cache_folders(tmp_path / "cache")
     assert partial.suffix == ".new"
     split = build_slowly(tmp_path / "cache", log, 0.0)  # the lock was released with the process

@@ -84,7 +84,7 @@ def test_a_cache_is_unused_once_no_run_can_read_it(
     assert info.unused_because == (reason and reason.format(file=file))
     assert info.sources == [str(file)]
     assert info.num_bytes == sum(path.stat().st_size for path in info.folder.iterdir()) > 1000
-    assert abs(info.last_used - time.time()) < 60
+    assert abs(info.last_used - time.time()) < 3600
     assert remove_cache(info) == (None if reason else "it is used now")
     assert info.folder.exists() == (reason is None)
 
@@ -130,7 +130,7 @@ def test_other_folders_are_neither_listed_nor_removed(new_data: NewData, tmp_pat
 def hold(data: ClaimsDataModule, ready: "multiprocessing.synchronize.Event") -> None:
     data.setup("predict")
     ready.set()
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_cache_that_a_process_reads_is_not_removed(new_data: NewData, tmp_path: Path) -> None:
@@ -140,12 +140,12 @@ def test_a_cache_that_a_process_reads_is_not_removed(new_data: NewData, tmp_path
     ready = context.Event()
     process = context.Process(target=hold, args=(new_data(file), ready))
     process.start()
-    assert ready.wait(60)
+    assert ready.wait(300)
     change(file)
     (info,) = list_caches(tmp_path / "cache")
     assert remove_cache(info) == "a process is reading it"
     process.kill()
-    process.join(60)
+    process.join()
     assert remove_cache(info) is None
     assert list((tmp_path / "cache").iterdir()) == []  # nor does a lock remain
 

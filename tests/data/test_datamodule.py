@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -389,17 +390,24 @@ def test_predict_needs_no_response_and_keeps_a_given_one(claims: Claims) -> None
 
 
 def test_predict_batches_index_every_prompt(claims: Claims) -> None:
-    """Prompts are sorted by length to avoid padding; the indices restore the order of the input."""
+    """Prompts are in the order of completion; the indices restore that of the input."""
     rows = [{"id": str(n), "instruction": "claim denied " * (1 + (n * 37) % 50)} for n in range(75)]
     data = claims(predict_files=rows, max_new_tokens=64)
     data.setup("predict")
     prompt_batches = list(data.predict_dataloader())
+    assert [len(batch.indices) for batch in prompt_batches] == [32, 32, 11]
     assert sorted(index for batch in prompt_batches for index in batch.indices) == list(range(75))
-    assert len(prompt_batches) > 2
     for batch in prompt_batches:
         for index, prompt in zip(batch.indices, batch.prompts, strict=True):
             assert prompt == data.splits["predict"].examples[index].ids
-        assert len(batch.prompts) * (max(map(len, batch.prompts)) + 64) <= 8192  # tokens, completions included
+
+
+def test_completed_prompts_are_left_out(claims: Claims) -> None:
+    data = claims(predict_files=[{"instruction": f"Claim {n}?"} for n in range(75)])
+    data.setup("predict")
+    data.completed = np.array([3, 70, 3, 0])
+    indices = [index for batch in data.predict_dataloader() for index in batch.indices]
+    assert sorted(indices) == sorted({*range(75)} - {0, 3, 70})
 
 
 def test_ranks_divide_the_prompts(claims: Claims) -> None:

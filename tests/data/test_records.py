@@ -34,7 +34,7 @@ def test_reading_records_loads_neither_torch_nor_transformers(tmp_path: Path) ->
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert result.stdout == "2\n[]\n", result.stderr
 

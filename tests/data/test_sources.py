@@ -182,7 +182,7 @@ def test_reading_writes_nothing_to_disk(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert result.stdout == "8\n", result.stderr
     assert list(home.rglob("*")) == []

@@ -1,7 +1,9 @@
 """An export as a whole: complete or absent, checked or refused, described, and loaded by its own command."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +15,21 @@ import torch
 from huggingface_hub import ModelCard
 
 from export.support import random_adapter, reference_of
-from lit_phi2.adapters.adapter import Adapter
+from helpers import ROOT
+from lit_phi2.adapters.adapter import Adapter, check_adapter
+from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.adapters.peft_format import save_adapter
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts
+from lit_phi2.export.commands import load_command
 from lit_phi2.export.exporter import FORMATS, export, plan_export
 from lit_phi2.export.folder import replaced_folder
 from lit_phi2.export.parity import compare, divergence
+from lit_phi2.export.progress import write_progress
 from lit_phi2.export.runtimes import transformers_runtime
+from lit_phi2.export.weights import ModelWeights
 from lit_phi2.model.lora import LoraSettings
-from lit_phi2.pretrained import BaseModel
+from lit_phi2.pretrained import BaseModel, resolve_base_model
 
 NEED_GGUF = {"gguf", "gguf-merged"}
 EVERY_FORMAT = [pytest.param(format, marks=[pytest.mark.runtimes] if format in NEED_GGUF else []) for format in FORMATS]
@@ -53,8 +60,52 @@ def test_every_format_says_what_it_is(format: str, export_base: BaseModel, adapt
     assert (card.data.pipeline_tag, card.data.license) == ("text-generation", "unknown")
     for text in ("| train | 4378 |", "| test/loss | 1.25 |", "claims.jsonl", "### Response:", "## Limits"):
         assert text in card.text, text
-    for private in ("/home/ann", str(export_base.folder.parent), str(tmp_path)):
-        assert private not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("format", EVERY_FORMAT)
+def test_no_export_names_a_path_of_this_machine(
+    format: str, export_base: BaseModel, adapter: Adapter, tmp_path: Path
+) -> None:
+    """In no file: neither where the base is, which tokenizer_config.json tells too, nor where the records are."""
+    home = tmp_path / "ann"
+    shutil.copytree(export_base.folder, home / "models" / "my-phi")
+    file = home / "models" / "my-phi" / "tokenizer_config.json"
+    paths = {"name_or_path": str(file.parent), "special_tokens_map_file": str(file), "tokenizer_file": str(file)}
+    file.write_text(json.dumps(json.loads(file.read_text()) | paths))
+    base = resolve_base_model(str(file.parent))
+    adapter = replace(adapter, base=base.fingerprint())
+    config = {"data": {"train_files": [str(home / "claims.jsonl")]}, "model": {"base": str(file.parent)}}
+    folder = export_to(tmp_path / "out", adapter, base, format, config=config)
+    assert json.loads((folder / "export.json").read_text())["fingerprints"]["base"] == "my-phi"
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert str(tmp_path).encode() not in content, path.name
+        assert str(export_base.folder.parent).encode() not in content, path.name
+
+
+def test_an_export_without_a_path_still_tells_its_base(
+    export_base: BaseModel, tiny_base: BaseModel, adapter: Adapter, tmp_path: Path
+) -> None:
+    """By its fingerprint; on another base the message has the name of the folder."""
+    imported = read_adapter(export_to(tmp_path / "out", adapter, export_base, "peft"))
+    check_adapter(imported, imported.settings, export_base, source="adapter")
+    with pytest.raises(InputError, match=f"a folder that was named '{export_base.folder.name}'"):
+        check_adapter(imported, imported.settings, tiny_base, source="adapter")
+
+
+def test_the_card_of_a_base_that_is_not_on_the_hub(
+    export_base: BaseModel, tiny_base: BaseModel, adapter: Adapter, tiny_adapter: Adapter, tmp_path: Path
+) -> None:
+    """Its metadata name no base_model, which the hub would take for an id; a sentence says which base it was."""
+    for number, (base, trained, sentence) in enumerate(
+        [
+            (tiny_base, tiny_adapter, "The base `tiny` comes with lit_phi2"),
+            (export_base, adapter, f"read from a folder named `{export_base.folder.name}`"),
+        ]
+    ):
+        card = ModelCard.load(export_to(tmp_path / str(number), trained, base, "peft") / "README.md")
+        assert card.data.base_model is None
+        assert sentence in card.text
 
 
 def test_a_card_names_a_base_on_the_hub_with_its_licence(
@@ -231,6 +282,19 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
     assert runs["last"]["beside"] == ["adapter", "out"]
 
 
+def test_a_long_write_logs_how_far_it_is(
+    export_base: BaseModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a terminal a line after five seconds, of a clock that gains six at each look."""
+    caplog.set_level("INFO", "lit_phi2")
+    monkeypatch.setattr("time.monotonic", itertools.count(0.0, 6.0).__next__)
+    weights = ModelWeights(export_base, None)
+    total = sum(shape.numel() * 4 for shape in weights.shapes.values())
+    with write_progress(weights, "float32") as advance:
+        advance(total // 2)
+    assert caplog.messages == [f"written {total / 2e9:.1f} of {total / 1e9:.1f} GB"]
+
+
 def test_an_export_killed_between_its_renames_comes_back(tmp_path: Path) -> None:
     """The earlier export was moved aside, and the new one did not take its place."""
     (tmp_path / ".out.replaced").mkdir()
@@ -238,6 +302,20 @@ def test_an_export_killed_between_its_renames_comes_back(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="stop"), replaced_folder(tmp_path / "out"):
         raise ValueError("stop")
     assert (tmp_path / "out" / "export.json").read_text() == "earlier"
+
+
+def test_the_readme_loads_exports_as_they_say_themselves() -> None:
+    """Its table has the commands that the log ends with, for a folder named out."""
+    table = (ROOT / "README.md").read_text("utf-8").partition("## Take it with you")[2].partition("## FAQ")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:4]] for line in table.splitlines() if line.startswith("| ")]
+    commands = {name: (format.split("`")[0], command) for name, format, command in rows[1:]}
+    assert {format for format, _ in commands.values()} == set(FORMATS)
+    assert commands["llama.cpp, adapter"] == ("gguf", load_command("gguf", "float32", "BASE", "out"))
+    assert commands["llama.cpp, model"] == ("gguf-merged", load_command("gguf-merged", "float16", "BASE", "out"))
+    for format, name in (("mlx", "MLX"), ("peft", "PEFT 0.21.2"), ("merged", "transformers 5.23.0")):
+        assert commands[name][0] == format
+    assert load_command("mlx", "float32", "BASE", "out").startswith(commands["MLX"][1])
+    assert 'pipeline("text-generation", "out")' in load_command("merged", "bfloat16", "BASE", "out")
 
 
 @pytest.mark.slow

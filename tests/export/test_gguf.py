@@ -133,6 +133,7 @@ def text(value: str) -> bytes:
         (HEADER.pack(b"GGUF", 3, 0, 2) + 2 * (text("k") + struct.pack("<IB", 0, 1)), "'k' twice"),
         (HEADER.pack(b"GGUF", 3, 1, 0) + text("t") + struct.pack("<IQIQ", 1, 2**61, 0, 0), "is not inside the file"),
         (HEADER.pack(b"GGUF", 3, 1, 0) + text("t") + struct.pack("<I", 2**31), "claims 2147483648 dimensions"),
+        (HEADER.pack(b"GGUF", 3, 1, 0) + text("t") + struct.pack("<IQQIQ", 2, 0, 4, 0, 0) + bytes(64), "no elements"),
         (HEADER.pack(b"GGUF", 3, 0, 0), "general.architecture is None"),
     ],
 )

@@ -1,6 +1,8 @@
 """MLX adapters: their layout, what is imported again, and what is refused."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from lit_phi2.export.exporter import export, plan_export
 from lit_phi2.export.imports import read_mlx_adapter
 from lit_phi2.export.mlx import write_mlx_adapter
 from lit_phi2.model.lora import LoraSettings
-from lit_phi2.pretrained import BaseModel
+from lit_phi2.pretrained import BaseModel, resolve_base_model
 
 
 def test_an_mlx_adapter_is_transposed(adapter: Adapter, tmp_path: Path) -> None:
@@ -71,6 +73,19 @@ def test_an_mlx_adapter_of_another_tool_is_refused(adapter: Adapter, tmp_path: P
         (tmp_path / "adapter_config.json").write_text(json.dumps(value))
         with pytest.raises(InputError, match=message):
             read_mlx_adapter(tmp_path)
+
+
+def test_a_config_that_leaves_out_heads_is_completed(export_base: BaseModel, adapter: Adapter, tmp_path: Path) -> None:
+    """mlx-lm takes 32 key and value heads where config.json has no number; the base has 4."""
+    shutil.copytree(export_base.folder, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"partial_rotary_factor": 0.5, "rope_theta": 10000.0}
+    del config["num_key_value_heads"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    base = resolve_base_model(str(tmp_path / "base"))
+    adapter = replace(adapter, base=base.fingerprint())
+    export(plan_export(adapter, base, tmp_path / "out", format="mlx", dtype=None, source="a"), None, CardFacts())
+    assert json.loads((tmp_path / "out" / "base" / "config.json").read_text())["num_key_value_heads"] == 4
 
 
 def test_a_base_that_mlx_reads_wrong_is_copied(tiny_base: BaseModel, tiny_adapter: Adapter, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ ten times what was measured.
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from lit_phi2.export.parity import Parity, Reference
 from lit_phi2.export.weights import ModelWeights
 from lit_phi2.pretrained import BaseModel
 
-NUM_PROMPTS = 32
+NUM_PROMPTS, NUM_TOKENS = 32, 8  # scripts/export_parity.py compares 32 tokens of each, with Phi-2's own tokenizer
 # Largest difference of the logarithms of two probabilities. llama.cpp keeps keys and values in float16.
 FLOAT32 = [
     pytest.param("peft", None, 1e-4, id="peft"),
@@ -44,7 +45,23 @@ ROUNDED = [
 
 @pytest.fixture(scope="session")
 def reference(export_base: BaseModel, adapter: Adapter) -> Reference:
-    return reference_of(export_base, adapter, NUM_PROMPTS)
+    return reference_of(export_base, adapter, NUM_PROMPTS, NUM_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def few(reference: Reference) -> Reference:
+    """A quarter of its prompts: where tokens differ, llama.cpp starts again at each."""
+    parts = {name: getattr(reference, name)[::4] for name in ("prompts", "completions", "logprobs")}
+    return replace(reference, **parts)
+
+
+@pytest.fixture(scope="session")
+def base_gguf(
+    export_base: BaseModel, export_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "base.gguf"
+    write_gguf_model(ModelWeights(export_base, None), export_tokenizer, path, "float16")
+    return path
 
 
 def exported(
@@ -73,7 +90,7 @@ def test_every_runtime_completes_as_the_running_model(
     assert parity.num_prompts == NUM_PROMPTS
     assert parity.max_difference < bound
     assert parity.widest_gap < bound
-    assert parity.equal_tokens >= parity.num_tokens - 2
+    assert parity.equal_tokens >= parity.num_tokens - 1
 
 
 @pytest.mark.parametrize(("format", "dtype", "bound"), ROUNDED)
@@ -83,10 +100,10 @@ def test_rounded_models_stay_close(
     bound: float,
     export_base: BaseModel,
     adapter: Adapter,
-    reference: Reference,
+    few: Reference,
     tmp_path: Path,
 ) -> None:
-    _, parity = exported(adapter, export_base, tmp_path / "out", format, dtype, reference)
+    _, parity = exported(adapter, export_base, tmp_path / "out", format, dtype, few)
     assert parity.max_kl < bound
     assert parity.equal_tokens > 0.9 * parity.num_tokens
 
@@ -99,17 +116,14 @@ def test_mlx_rotates_the_tiny_base_as_transformers_does(
 
     mlx-lm computes in bfloat16, as the base is saved: a KL of 0.06 at most. With 0.4 rotated it is above 10.
     """
-    reference = reference_of(tiny_base, tiny_adapter, 4, max_tokens=16)
+    reference = reference_of(tiny_base, tiny_adapter, 2, max_tokens=8)
     _, parity = exported(tiny_adapter, tiny_base, tmp_path / "out", "mlx", None, reference)
     assert parity.max_kl < 0.2
 
 
 @pytest.mark.runtimes
-def test_llama_cpp_reads_the_tokens_of_every_record(
-    export_base: BaseModel, export_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_llama_cpp_reads_the_tokens_of_every_record(base_gguf: Path, export_tokenizer: PreTrainedTokenizerBase) -> None:
     """Reference: the base's own tokenizer, also for runs of spaces, other scripts, and the text of a special token."""
-    write_gguf_model(ModelWeights(export_base, None), export_tokenizer, tmp_path / "base.gguf", "float16")
     texts = [
         *claims_prompts("test"),
         "a  b   c\t\td\n\n\n e",
@@ -118,17 +132,14 @@ def test_llama_cpp_reads_the_tokens_of_every_record(
         "it's we'll 12345 $1,200.00",
     ]
     assert len(texts) == 436 + 4
-    with LlamaCppProcess(tmp_path / "base.gguf", None, context=64, num_threads=1) as process:
+    with LlamaCppProcess(base_gguf, None, context=64, num_threads=1) as process:
         for text, expected in zip(texts, tokenize(export_tokenizer, texts), strict=True):
             assert process.tokenize(text) == expected, text
 
 
 @pytest.mark.runtimes
-def test_llama_cpp_renders_a_chat_as_the_prompt(
-    export_base: BaseModel, export_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_llama_cpp_renders_a_chat_as_the_prompt(base_gguf: Path, tmp_path: Path) -> None:
     """In a process of its own, since llama.cpp's server is what renders."""
-    write_gguf_model(ModelWeights(export_base, None), export_tokenizer, tmp_path / "base.gguf", "float16")
     code = (
         "import json, sys, urllib.request, xllamacpp\n"
         "params = xllamacpp.CommonParams(); params.model.path = sys.argv[1]; params.n_ctx = 64\n"
@@ -139,7 +150,7 @@ def test_llama_cpp_renders_a_chat_as_the_prompt(
     )
     messages = json.dumps({"messages": [{"role": "user", "content": "Why?\n\n### Input:\nCode 97"}]})
     answer = tmp_path / "answer.json"
-    subprocess.run([sys.executable, "-c", code, tmp_path / "base.gguf", messages, answer], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, base_gguf, messages, answer], check=True, timeout=120)
     expected = "### Instruction:\nWhy?\n\n### Input:\nCode 97\n\n### Response:\n"
     assert json.loads(answer.read_text())["prompt"] == expected
 

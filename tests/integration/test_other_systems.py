@@ -43,19 +43,11 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def run(program: str, *arguments: str) -> None:
-    process = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-
-
-def test_every_module_imports_without_fcntl_and_resource() -> None:
-    run(LIKE_WINDOWS + IMPORT_ALL)
-
-
 @pytest.mark.slow
-def test_a_run_needs_nothing_that_windows_lacks(
+def test_imports_and_runs_need_nothing_that_windows_lacks(
     phi_dir: Path, record_rows: list[dict[str, str]], write_jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """Of every module; the process then trains, resumes, measures and predicts."""
     file = write_jsonl(list(record_rows))
     settings = [f"--data.{name}_files={file}" for name in ("train", "val", "test", "predict")]
     settings += [f"--model.base={phi_dir}", "--model.max_new_tokens=2", "--run_name=small"]
@@ -63,7 +55,9 @@ def test_a_run_needs_nothing_that_windows_lacks(
     settings += [f"--trainer.default_root_dir={tmp_path / 'runs'}", "--data.max_length=128"]
     commands = [[name, *settings] for name in ("fit", "validate", "test", "predict")]
     commands[1:1] = [["fit", *settings, "--ckpt_path", "last"]]
-    run(LIKE_WINDOWS + RUN, json.dumps(commands))
+    program = [sys.executable, "-c", LIKE_WINDOWS + IMPORT_ALL + RUN, json.dumps(commands)]
+    process = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     folder = tmp_path / "runs" / "small"
     assert (folder / "version_0" / "adapter" / "adapter_model.safetensors").is_file()
     assert len((folder / "base" / "predictions.jsonl").read_bytes().splitlines()) == 12

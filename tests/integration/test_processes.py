@@ -1,17 +1,14 @@
 """Several processes: the same steps as one process, every record once, and all end when one dies.
 
-Each run is started as a user does, on the packaged tiny Phi in float32. It has no dropout, so only the order of
-summation differs.
+Float32 on a small Phi without dropout, so that only the order of summation differs. One run is started as a user does;
+the others are forked instead, which takes no imports, and torchrun's agent and Lightning's launcher are the real ones.
 """
 
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,12 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from forked_acts import Act
+from forked_child import Node
+from forked_runs import Run, run, start, unused_port
 from helpers import ROOT, TINY_CONFIG, relative_difference
 from lit_phi2.adapters.checkpoint import read_checkpoint
+from lit_phi2.cli.main import main
 from lit_phi2.utils.console import set_up_logging
 
 TOLERANCE = 2e-5  # relative norm after four AdamW steps; measured: 2.1e-6 with two processes, 1.3e-5 with four
@@ -40,99 +41,111 @@ SETTINGS = {
     "checkpoint.every_n_steps": 1,
 }
 
-pytestmark = pytest.mark.slow
+
+class Commands:
+    """Command lines on a base, in one folder."""
+
+    def __init__(self, base: Path, root: Path) -> None:
+        self.base = base
+        self.root = root
+        self.version = root / "tiny" / "version_0"
+        self.last = self.version / "checkpoints" / "last.ckpt"
+        self.num_runs = 0
+
+    def arguments(self, subcommand: str, *more: str, **changed: object) -> list[str]:
+        """`changed` are settings of data and model, as data__predict_files."""
+        settings = {"model.base": self.base, "trainer.default_root_dir": self.root, **SETTINGS}
+        settings |= {name.replace("__", "."): value for name, value in changed.items()}
+        flags = [f"--{key}={value}" for key, value in settings.items()]
+        return [subcommand, "--config", str(TINY_CONFIG), *flags, *more]
+
+    def log(self) -> Path:
+        self.num_runs += 1
+        return self.root / f"log{self.num_runs}"
+
+    def start(self, arguments: list[str], processes: int = 1, *, act: Act | None = None) -> Run:
+        more = [f"--trainer.devices={processes}"]
+        return start([*arguments, *more], self.log(), act=act, num_processes=processes)
+
+    def run(self, arguments: list[str], processes: int = 1) -> str:
+        return run([*arguments, f"--trainer.devices={processes}"], self.log(), num_processes=processes)
+
+    def scalars(self, tag: str) -> list[tuple[int, float]]:
+        events = EventAccumulator(str(self.version)).Reload()
+        return [(event.step, event.value) for event in events.Scalars(tag)]
+
+    def assert_same_run(self, other: "Commands") -> None:
+        adapter, expected = (
+            load_file(commands.version / "adapter" / "adapter_model.safetensors") for commands in (self, other)
+        )
+        for name, weight in expected.items():
+            assert relative_difference(adapter[name], weight) < TOLERANCE, name
+        for tag in ("train/loss", "val/loss", "train/supervised_tokens", "train/grad_norm"):
+            actual, reference = self.scalars(tag), other.scalars(tag)
+            assert [step for step, _ in actual] == [step for step, _ in reference], tag
+            assert [value for _, value in actual] == pytest.approx([value for _, value in reference], rel=1e-4), tag
 
 
-def command(
-    subcommand: str, root: Path, *more: str, launch: Sequence[str] = (sys.executable,), **changed: object
-) -> list[str]:
-    """A command line; `changed` are settings of its data and model, as data__predict_files."""
-    settings = {"trainer.default_root_dir": root, **SETTINGS}
-    settings |= {name.replace("__", "."): value for name, value in changed.items()}
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    return [*launch, "-m", "lit_phi2", subcommand, "--config", str(TINY_CONFIG), *flags, *more]
+def windows_of(micro_batches: int) -> str:
+    return f"--trainer.accumulate_grad_batches={micro_batches}"
 
 
-def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
-    return subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def run(arguments: list[str]) -> str:
-    process = start(arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def devices(processes: int, accumulate: int) -> list[str]:
-    return [f"--trainer.devices={processes}", f"--trainer.accumulate_grad_batches={accumulate}"]
-
-
-def scalars(root: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(root / "tiny" / "version_0")).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-def assert_same_run(root: Path, other: Path) -> None:
-    adapter, expected = (
-        load_file(folder / "tiny" / "version_0" / "adapter" / "adapter_model.safetensors") for folder in (root, other)
-    )
-    for name, weight in expected.items():
-        assert relative_difference(adapter[name], weight) < TOLERANCE, name
-    for tag in ("train/loss", "val/loss", "train/supervised_tokens", "train/grad_norm"):
-        actual, reference = scalars(root, tag), scalars(other, tag)
-        assert [step for step, _ in actual] == [step for step, _ in reference], tag
-        assert [value for _, value in actual] == pytest.approx([value for _, value in reference], rel=1e-4), tag
+@pytest.fixture
+def commands(claims_phi_dir: Path, tmp_path: Path) -> Commands:
+    return Commands(claims_phi_dir, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def single_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single_process(claims_phi_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
     """A run of one process: seven micro-batches in accumulation windows of four and three, twice."""
-    root = tmp_path_factory.mktemp("single")
-    run(command("fit", root, *devices(1, 4)))
-    assert len(scalars(root, "train/loss")) == 4
-    return root
+    single = Commands(claims_phi_dir, tmp_path_factory.mktemp("single"))
+    single.run(single.arguments("fit", windows_of(4)))
+    assert len(single.scalars("train/loss")) == 4
+    return single
 
 
-@pytest.mark.parametrize(("processes", "accumulate"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("processes", "accumulate", "forked"), [(2, 2, False), (4, 1, True)])
 def test_several_processes_take_the_steps_of_one(
-    processes: int, accumulate: int, single_process: Path, tmp_path: Path
+    processes: int, accumulate: int, forked: bool, single_process: Commands, commands: Commands
 ) -> None:
     """Also where the last window is shorter; with one run folder and one set of samples."""
-    output = run(command("fit", tmp_path, *devices(processes, accumulate)))
-    assert_same_run(tmp_path, single_process)
+    arguments = commands.arguments("fit", windows_of(accumulate))
+    output = commands.run(arguments, processes) if forked else run_as_a_user([*arguments, "--trainer.devices=2"])
+    commands.assert_same_run(single_process)
     assert output.count("run folder:") == 1
-    assert [folder.name for folder in (tmp_path / "tiny").iterdir()] == ["version_0"]
-    samples, expected = (root / "tiny" / "version_0" / "samples.jsonl" for root in (tmp_path, single_process))
+    assert [folder.name for folder in (commands.root / "tiny").iterdir()] == ["version_0"]
+    samples, expected = (run.version / "samples.jsonl" for run in (commands, single_process))
     assert len(samples.read_text().splitlines()) == len(expected.read_text().splitlines())
 
 
-def test_torchrun_on_two_nodes_takes_the_steps_of_one(single_process: Path, tmp_path: Path) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    nodes = []
-    for node in range(2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}"]
-        launch += ["--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        nodes.append(start(command("fit", tmp_path, *devices(2, 1), "--trainer.num_nodes=2", launch=launch)))
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert_same_run(tmp_path, single_process)
+def run_as_a_user(arguments: list[str]) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_phi2", *arguments],
+        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
 
 
-def test_every_record_is_completed_and_measured_once(single_process: Path, tmp_path: Path) -> None:
-    adapter = str(single_process / "tiny" / "version_0" / "adapter")
+def test_torchrun_on_two_nodes_takes_the_steps_of_one(single_process: Commands, commands: Commands) -> None:
+    port = unused_port()
+    arguments = commands.arguments("fit", windows_of(1), "--trainer.devices=2", "--trainer.num_nodes=2")
+    nodes = [start(arguments, commands.log(), node=Node(rank, port)) for rank in range(2)]
+    assert [node.wait() for node in nodes] == [0, 0], [node.output for node in nodes]
+    commands.assert_same_run(single_process)
+
+
+def test_every_record_is_completed_and_measured_once(single_process: Commands, commands: Commands) -> None:
+    adapter = ["--ckpt_path", str(single_process.version / "adapter")]
     files, metrics = [], []
     for processes in (1, 2):
-        files.append(tmp_path / f"{processes}.jsonl")
-        more = [*devices(processes, 1), "--ckpt_path", adapter]
-        run(command("predict", tmp_path, *more, "--output", str(files[-1])))
-        output = run(command("test", tmp_path, *more))
+        files.append(commands.root / f"{processes}.jsonl")
+        commands.run(commands.arguments("predict", *adapter, "--output", str(files[-1])), processes)
+        output = commands.run(commands.arguments("test", *adapter), processes)
         metrics.append(dict(re.findall(r"(?m)^(test/\w+) ([\d.]+)$", output)))
     assert files[0].read_bytes() == files[1].read_bytes()
     assert len(files[0].read_bytes().splitlines()) == 40
@@ -141,80 +154,69 @@ def test_every_record_is_completed_and_measured_once(single_process: Path, tmp_p
         assert float(metrics[1][name]) == pytest.approx(float(value), rel=1e-4), name
 
 
-def test_more_processes_than_records_predict_and_measure(tmp_path: Path) -> None:
+def test_more_processes_than_records_predict_and_measure(commands: Commands) -> None:
     """One record: all processes but one have none."""
     one = {f"data__{name}_files": "claims:test[:1]" for name in ("predict", "test")}
-    files = [tmp_path / "1.jsonl", tmp_path / "4.jsonl"]
+    files = [commands.root / "1.jsonl", commands.root / "4.jsonl"]
     for file in files:
-        run(command("predict", tmp_path, *devices(int(file.stem), 1), "--output", str(file), **one))
+        commands.run(commands.arguments("predict", "--output", str(file), **one), int(file.stem))
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].read_bytes().count(b"\n") == 1
-    outputs = [run(command("test", tmp_path, *devices(processes, 1), **one)) for processes in (1, 2)]
+    outputs = [commands.run(commands.arguments("test", **one), processes) for processes in (1, 2)]
     losses = [re.findall(r"(?m)^test/loss ([\d.]+)$", output) for output in outputs]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 1
 
 
-def test_a_killed_predict_continues_on_more_processes_than_batches(tmp_path: Path) -> None:
-    """70 records are three batches; two processes are killed after the first, and four continue."""
+def test_a_killed_predict_continues_on_more_processes_than_batches(commands: Commands) -> None:
+    """Each of two processes has 35 records and 32 slots; it is killed with the last 3 in work, and four continue."""
     settings = {"data__predict_files": "claims:test[:70]", "model__max_new_tokens": 16}
-    expected, out = tmp_path / "expected.jsonl", tmp_path / "out.jsonl"
-    run(command("predict", tmp_path, "--output", str(expected), **settings))
-    process = start(command("predict", tmp_path, *devices(2, 1), "--output", str(out), **settings))
-    while not list(tmp_path.glob("out.jsonl.*.part*")) and process.poll() is None:
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()[0]
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    expected, out = commands.root / "expected.jsonl", commands.root / "out.jsonl"
+    commands.run(commands.arguments("predict", "--output", str(expected), **settings))
+    predict = commands.arguments("predict", "--output", str(out), **settings)
+    halt = Act("generation", 20, commands.root / "halted")
+    halted = commands.start(predict, 2, act=halt)
+    halted.wait_until(halt.mark_of(0).is_file)
+    halted.kill()
     assert not out.exists()
-    run(command("predict", tmp_path, *devices(4, 1), "--output", str(out), **settings))
+    assert list(commands.root.glob("out.jsonl.*.part*"))
+    commands.run(predict, 4)
     assert out.read_bytes() == expected.read_bytes()
-    assert not list(tmp_path.glob("out.jsonl.*"))
+    assert not list(commands.root.glob("out.jsonl.*"))
 
 
-def test_one_command_at_a_time_continues_a_run(single_process: Path, tmp_path: Path) -> None:
+def test_one_command_at_a_time_continues_a_run(single_process: Commands, commands: Commands) -> None:
     """The first is halted, so that it cannot end before the second asks; then it is killed, as by a lost machine."""
-    process = start(command("fit", tmp_path, *devices(1, 4)))
-    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
-    while not last.is_file() and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGSTOP)
-    resume = command("fit", tmp_path, *devices(1, 4), "--ckpt_path", "last")
-    second = start(resume)
-    output, _ = second.communicate(timeout=100)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert second.returncode == 2
-    assert f"error: --ckpt_path {last}: another fit trains this run now." in output
-    assert "Traceback" not in output
-    run(resume)
-    assert_same_run(tmp_path, single_process)
+    fit = commands.arguments("fit", windows_of(4))
+    halt = Act("training", 6, commands.root / "halted")
+    first = commands.start(fit, act=halt)
+    first.wait_until(halt.mark_of(0).is_file)
+    assert commands.last.is_file()
+    second = commands.start([*fit, "--ckpt_path", "last"])
+    code = second.wait()
+    first.kill()
+    assert code == 2, second.output
+    assert f"error: --ckpt_path {commands.last}: another fit trains this run now." in second.output
+    assert "Traceback" not in second.output
+    commands.run([*fit, "--ckpt_path", "last"])
+    commands.assert_same_run(single_process)
 
 
-def test_a_killed_rank_ends_the_run_and_one_process_resumes_it(single_process: Path, tmp_path: Path) -> None:
-    process = start(command("fit", tmp_path, *devices(2, 2)))
-    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 200
-    while not last.is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    killed = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 60
-    assert process.returncode != 0
-    assert "another process of this run died" in output, output
-    assert "Traceback" not in output
+def test_a_killed_rank_ends_the_run_and_one_process_resumes_it(single_process: Commands, commands: Commands) -> None:
+    """In its fourth micro-batch, which is in the second window."""
+    kill = Act("training", 4, commands.root / "killed", signal.SIGKILL, rank=1)
+    killed = commands.start(commands.arguments("fit", windows_of(2)), 2, act=kill)
+    assert killed.wait() != 0, killed.output
+    assert "another process of this run died" in killed.output
+    assert "Traceback" not in killed.output
 
-    config = str(tmp_path / "tiny" / "version_0" / "config.yaml")
-    resume = [sys.executable, "-m", "lit_phi2", "fit", "--config", config, "--ckpt_path", str(last)]
-    refused = start([*resume, *devices(1, 3)])
-    message, _ = refused.communicate(timeout=100)
-    assert refused.returncode == 2
-    assert "rows_per_step: 4 in the checkpoint, 3 now" in message
-    assert "data.batch_size 1 x trainer.accumulate_grad_batches 3 x 1 processes" in message
-    run([*resume, *devices(1, 4)])
-    assert_same_run(tmp_path, single_process)
+    resume = ["fit", "--config", str(commands.version / "config.yaml"), "--ckpt_path", str(commands.last)]
+    refused = commands.start([*resume, windows_of(3)])
+    assert refused.wait() == 2
+    assert "rows_per_step: 4 in the checkpoint, 3 now" in refused.output
+    assert "data.batch_size 1 x trainer.accumulate_grad_batches 3 x 1 processes" in refused.output
+    commands.run([*resume, windows_of(4)])
+    commands.assert_same_run(single_process)
 
 
 def test_a_dead_process_is_reported_before_the_run_is_killed(
@@ -231,40 +233,22 @@ def test_a_dead_process_is_reported_before_the_run_is_killed(
     assert "error: another process of this run died. The last checkpoint is intact" in capsys.readouterr().err
 
 
-def test_strategies_other_than_ddp_are_refused(tmp_path: Path) -> None:
-    process = start(command("fit", tmp_path, "--trainer.strategy=ddp_spawn", "--trainer.devices=2"))
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 2, output
-    assert "Use auto or ddp" in output
+def test_strategies_other_than_ddp_are_refused(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(commands.arguments("fit", "--trainer.strategy=ddp_spawn", "--trainer.devices=2")) == 2
+    assert "Use auto or ddp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to_all", [True, False])
-def test_processes_stop_together_inside_a_validation(to_all: bool, tmp_path: Path) -> None:
-    """SLURM and Ctrl-C reach every process, `kill` only the first. The validation after step 2 lasts half a minute."""
-    settings = {
-        "data__val_files": "claims:validation",
-        "data__packing": "false",
-        "trainer__num_sanity_val_steps": 0,
-        "trainer__val_check_interval": 2,
-    }
-    process = start(command("fit", tmp_path, *devices(2, 1), **settings))
-    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"  # written after step 1
-    deadline = time.monotonic() + 200
-    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(4)
-    stopped = time.monotonic()
-    if to_all:
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        os.kill(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
-    assert time.monotonic() - stopped < 20
-    assert "stopped after optimizer step 2, which is saved" in output, output
-    assert output.count("stopped after") == 1
-    assert "another process" not in output
-    assert "Traceback" not in output
-    checkpoint = read_checkpoint(last)[1]
+def test_processes_stop_together_inside_a_validation(to_all: bool, commands: Commands) -> None:
+    """SLURM and Ctrl-C reach every process, `kill` only the first; in the second of three batches that each has."""
+    settings = {"data__packing": "false", "trainer__num_sanity_val_steps": 0, "trainer__val_check_interval": 2}
+    stop = Act("validation", 2, commands.root / "stopped", signal.SIGTERM, to_all=to_all)
+    stopped = commands.start(commands.arguments("fit", windows_of(1), **settings), 2, act=stop)
+    assert stopped.wait() == 143, stopped.output
+    assert "stopped after optimizer step 2, which is saved" in stopped.output, stopped.output
+    assert stopped.output.count("stopped after") == 1
+    assert "another process" not in stopped.output
+    assert "Traceback" not in stopped.output
+    checkpoint = read_checkpoint(commands.last)[1]
     assert checkpoint["global_step"] == 2
     assert checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["validation_due"]

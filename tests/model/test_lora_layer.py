@@ -1,7 +1,7 @@
 """FusedLoraLinear: against PEFT's own layer, and under what may be wrapped around it."""
 
 import copy
-import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,9 +173,9 @@ def test_lora_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(eager, traced)
 
 
-def test_lora_works_under_ddp(tmp_path: Path) -> None:
+def test_lora_works_under_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of one: hooks, buckets and the reducer are those of many."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
         layer = lora_layer(bias=True, dropout=0.0, dtype=torch.float32)

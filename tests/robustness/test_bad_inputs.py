@@ -40,7 +40,6 @@ class CliResult:
     code: int
     stdout: str
     stderr: str
-    seconds: float
     runs: Path
 
     def check(self, *expected: str) -> None:
@@ -73,10 +72,9 @@ def fit(
             if flag not in arguments or flag == "--config"
             for part in (flag, value)
         ]
-        started = time.monotonic()
         code = main(["fit", *map(str, fixed), *map(str, arguments)])
         captured = capsys.readouterr()
-        return CliResult(code, captured.out, captured.err, time.monotonic() - started, runs)
+        return CliResult(code, captured.out, captured.err, runs)
 
     return run
 
@@ -252,21 +250,23 @@ def test_a_bad_flag_is_reported_with_its_key_and_fix(kind: str, fit: Fit) -> Non
 
 
 def test_a_missing_base_fails_fast_without_a_network(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """getaddrinfo fails, as on a machine without network. Under 20 seconds; retries would take minutes."""
+    """getaddrinfo fails, as on a machine without network. Pauses before retries would take minutes."""
 
     def getaddrinfo(*address: object, **options: object) -> None:
         requested.append(address[0])
         raise socket.gaierror(socket.EAI_AGAIN, "no network in this test")
 
     requested: list[object] = []
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     result = fit("--model.base", "acme/no-such-phi")
     result.check(
         "model.base: 'acme/no-such-phi' is not on this machine", "hf download microsoft/phi-2", "/path/to/phi-2"
     )
-    assert result.seconds < 20
-    assert requested, "the download was tried"
+    assert 0 < len(requested) < 20, "the download was tried"
+    assert sum(pauses) < 10
 
 
 def test_a_folder_without_a_model_names_the_missing_file(fit: Fit, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from helpers import ROOT, new_data, new_module, new_trainer
 from lit_phi2.adapters.checkpoint import read_checkpoint
 from lit_phi2.cli.main import main
-from lit_phi2.data import loaders
 from lit_phi2.training.callbacks.checkpoint import AtomicCheckpointIO
+from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.utils.files import atomic_write
 from lit_phi2.utils.paths import create_run_dir
@@ -163,41 +163,41 @@ def test_a_folder_without_write_permission_is_one_error_line(
     assert "Traceback" not in stderr
 
 
+def die_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Kill predict when one more completion than `count` has ended; returns the indices that are written."""
+    append = PredictionWriter.append
+    ended: list[int] = []
+
+    def append_or_die(self: PredictionWriter, part: Path, output: dict[str, Any]) -> None:
+        if len(ended) == count:
+            raise KeyboardInterrupt
+        ended.append(output["index"])
+        append(self, part, output)
+
+    monkeypatch.setattr(PredictionWriter, "append", append_or_die)
+    return ended
+
+
 def test_a_killed_predict_continues_with_the_same_completions(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders, "MAX_PROMPTS_PER_BATCH", 3)  # twelve records are four batches
+    """Every completion that ended is kept, but the one whose line was cut short."""
     out = tmp_path / "out.jsonl"
     assert main(["predict", *arguments, "--output", str(out)]) == 0
     expected = out.read_bytes()
     out.unlink()
-    predict_step = LitPhi2.predict_step
-    batches: list[list[int]] = []
-
-    def die_at_the_third_batch(self: LitPhi2, batch: Any, index: int) -> Any:
-        if len(batches) == 2:
-            raise KeyboardInterrupt
-        batches.append(batch.indices)
-        return predict_step(self, batch, index)
-
-    monkeypatch.setattr(LitPhi2, "predict_step", die_at_the_third_batch)
-    assert main(["predict", *arguments, "--output", str(out)]) == 130
+    with monkeypatch.context() as patch:
+        ended = die_after(5, patch)
+        assert main(["predict", *arguments, "--output", str(out)]) == 130
     (part,) = tmp_path.glob("out.jsonl.*.part0")
     assert not out.exists()
     lines = part.read_bytes().split(b"\n")
-    assert [json.loads(line)["index"] for line in lines if line] == [*batches[0], *batches[1]]
+    assert [json.loads(line)["index"] for line in lines if line] == ended
     part.write_bytes(part.read_bytes()[:-20])  # cut the last line short
-
-    def record_batch(self: LitPhi2, batch: Any, index: int) -> Any:
-        batches.append(batch.indices)
-        return predict_step(self, batch, index)
-
-    monkeypatch.setattr(LitPhi2, "predict_step", record_batch)
-    first, second = batches.pop(0), batches.pop(0)
-    assert main(["predict", *arguments, "--output", str(out)]) == 0
-    assert first not in batches
-    assert second in batches, "its last line was cut short"
-    assert len(batches) == 3
+    with monkeypatch.context() as patch:
+        completed = die_after(12, patch)
+        assert main(["predict", *arguments, "--output", str(out)]) == 0
+    assert sorted(completed) == sorted({*range(12)} - {*ended[:-1]})
     assert out.read_bytes() == expected
     assert not part.exists()
 
@@ -206,19 +206,11 @@ def test_completions_with_other_settings_are_not_reused(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Completions of two tokens, from a predict that was killed, and then of four."""
-    monkeypatch.setattr(loaders, "MAX_PROMPTS_PER_BATCH", 3)
     out = tmp_path / "out.jsonl"
     shorter = [argument.replace("max_new_tokens=4", "max_new_tokens=2") for argument in arguments]
-    predict_step = LitPhi2.predict_step
-
-    def die_at_the_second_batch(self: LitPhi2, batch: Any, index: int) -> Any:
-        if index == 1:
-            raise KeyboardInterrupt
-        return predict_step(self, batch, index)
-
-    monkeypatch.setattr(LitPhi2, "predict_step", die_at_the_second_batch)
-    assert main(["predict", *shorter, "--output", str(out)]) == 130
-    monkeypatch.setattr(LitPhi2, "predict_step", predict_step)
+    with monkeypatch.context() as patch:
+        die_after(3, patch)
+        assert main(["predict", *shorter, "--output", str(out)]) == 130
     (part,) = tmp_path.glob("out.jsonl.*.part0")
     assert main(["predict", *arguments, "--output", str(out)]) == 0
     assert {json.loads(line)["new_tokens"] for line in out.read_text().splitlines()} == {4}

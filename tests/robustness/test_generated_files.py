@@ -6,7 +6,6 @@ Hypothesis makes the files from fixed seeds: valid, invalid and truncated lines,
 import json
 import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from lit_phi2.cli.main import main
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 
-NUM_SEEDS = 4  # parts of one test, so that they run in parallel
+NUM_SEEDS = 2  # parts of one test, so that they run in parallel
 FILES_PER_SEED = 55
-MAX_SECONDS = 20.0  # for any file; most take 0.1
 
 text = st.text(max_size=12)
 value = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), text, st.lists(text, max_size=2))
@@ -76,11 +74,12 @@ def write_file(folder: Path, name: str, parts: list[bytes], ending: bytes, last:
 
 
 def run_checked(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Check for exit code 0 or 2, no traceback, a time limit and no control characters; returns code and output."""
+    """Check for exit code 0 or 2, no traceback and no control characters; returns code and output.
+
+    pytest's time limit ends one that hangs.
+    """
     capsys.readouterr()
-    started = time.monotonic()
     code = main(arguments)
-    assert time.monotonic() - started < MAX_SECONDS
     printed = "".join(capsys.readouterr())
     assert code in (0, 2), printed
     assert "Traceback" not in printed

@@ -1,19 +1,22 @@
 """Ctrl-C and SIGTERM end a run within seconds in every phase, and a resumed run is the undisturbed one.
 
-The runs are processes of their own, and the signals are real. The phase in which a run is stopped would last a minute.
+The runs are processes of their own, and send themselves real signals in a certain call of a function.
 """
 
 import json
+import os
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from forked_acts import Act
+from forked_runs import run, start
 from lit_phi2.adapters.checkpoint import read_checkpoint
-from signal_runs import LIMIT, StoppedRun, run, stop
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -52,10 +55,35 @@ def arguments(subcommand: str, root: Path, phi_dir: Path, files: Path, **setting
     return [subcommand, *(f"--{key}={value}" for key, value in (defaults | settings).items())]
 
 
-def check_stopped(result: StoppedRun, number: signal.Signals) -> None:
-    assert result.exit_code == EXIT_CODES[number], result.output
-    assert result.seconds < LIMIT
-    assert "Traceback" not in result.output
+@dataclass
+class StoppedRun:
+    """How a run ended.
+
+    Attributes:
+        exit_code: negative if the system ended it.
+        further_calls: of the phase's function, after the one in which the signal came.
+        output: what it printed.
+    """
+
+    exit_code: int
+    further_calls: int
+    output: str
+
+    def check(self, number: signal.Signals) -> None:
+        assert self.exit_code == EXIT_CODES[number], self.output
+        assert self.further_calls == 0
+        assert "Traceback" not in self.output
+
+
+def stop(arguments: Sequence[str], log: Path, phase: str, number: int = signal.SIGTERM, *, call: int = 1) -> StoppedRun:
+    """Run a command line that sends itself a signal in a call of a phase's function.
+
+    The call lasts half an hour if the phase has only one, so the run must end before.
+    """
+    act = Act(phase, call, log.with_suffix(".sent"), number)
+    stopped = start(arguments, log, act=act)
+    exit_code = stopped.wait()
+    return StoppedRun(exit_code, len(act.mark_of(0).read_bytes()) - 1, stopped.output)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +99,7 @@ def test_a_signal_before_the_first_step_ends_fit_and_says_so(
     phase: str, number: signal.Signals, phi_dir: Path, files: Path, tmp_path: Path
 ) -> None:
     result = stop(arguments("fit", tmp_path, phi_dir, files), tmp_path / "log", phase, number)
-    check_stopped(result, number)
+    result.check(number)
     assert "stopped before the first optimizer step; nothing is saved yet" in result.output
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -102,8 +130,7 @@ def undisturbed(
         key = json.dumps(settings)
         if key not in known:
             root = tmp_path_factory.mktemp("undisturbed")
-            result = run(arguments("fit", root, phi_dir, files, **settings), root / "log")
-            assert result.exit_code == 0, result.output
+            run(arguments("fit", root, phi_dir, files, **settings), root / "log")
             known[key] = outcome(root)
         return known[key]
 
@@ -115,7 +142,7 @@ MAX_STEPS = {"trainer.max_steps": 3}
 
 
 @pytest.mark.parametrize(
-    ("phase", "calls", "settings", "step"),
+    ("phase", "call", "settings", "step"),
     [
         pytest.param("training", 8, {}, 2, id="inside a window"),
         pytest.param("validation", SANITY + 5, {}, 2, id="in a validation"),
@@ -128,7 +155,7 @@ MAX_STEPS = {"trainer.max_steps": 3}
 )
 def test_a_stopped_run_saves_its_step_and_resumes_as_undisturbed(
     phase: str,
-    calls: int,
+    call: int,
     settings: dict[str, object],
     step: int,
     phi_dir: Path,
@@ -139,16 +166,15 @@ def test_a_stopped_run_saves_its_step_and_resumes_as_undisturbed(
     """The run continues by the command that it prints, in a folder whose name needs quotes."""
     root = tmp_path / "my runs"
     root.mkdir()
-    result = stop(arguments("fit", root, phi_dir, files, **settings), root / "log", phase, calls=calls)
-    check_stopped(result, signal.SIGTERM)
+    result = stop(arguments("fit", root, phi_dir, files, **settings), root / "log", phase, call=call)
+    result.check(signal.SIGTERM)
     assert f"stopped after optimizer step {step}, which is saved. To continue:" in result.output
     last = root / "run" / "version_0" / "checkpoints" / "last.ckpt"
     assert read_checkpoint(last)[1]["global_step"] == step
 
     command = shlex.split(result.output.strip().splitlines()[-1])
     assert command[:3] == ["python", "-m", "lit_phi2"]
-    resumed = run(command[3:], root / "log")
-    assert resumed.exit_code == 0, resumed.output
+    run(command[3:], root / "log")
     assert outcome(root) == undisturbed(**settings)
 
 
@@ -167,14 +193,14 @@ def test_a_signal_ends_other_subcommands_within_seconds(
 ) -> None:
     number = signal.SIGINT if phase == "generation" else signal.SIGTERM
     result = stop(arguments(subcommand, tmp_path, phi_dir, files), tmp_path / "log", phase, number)
-    check_stopped(result, number)
+    result.check(number)
     assert message in result.output
 
 
 def test_a_second_signal_ends_a_step_that_does_not_end(phi_dir: Path, files: Path, tmp_path: Path) -> None:
-    """The first one waits for the micro-batch, which takes a minute here."""
-    command = arguments("fit", tmp_path, phi_dir, files)
-    result = stop(command, tmp_path / "log", "one long step", signal.SIGINT, again=True)
-    assert result.exit_code == -signal.SIGINT
-    assert result.seconds < LIMIT
-    assert "a second signal stops at once" in result.output
+    """The first one waits for the micro-batch, which takes half an hour here."""
+    act = Act("one long step", 1, tmp_path / "sent", signal.SIGINT)
+    stopped = start(arguments("fit", tmp_path, phi_dir, files), tmp_path / "log", act=act)
+    stopped.wait_until(lambda: "a second signal stops at once" in stopped.output)
+    os.kill(stopped.pid, signal.SIGINT)
+    assert stopped.wait() == -signal.SIGINT, stopped.output

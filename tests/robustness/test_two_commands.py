@@ -1,10 +1,9 @@
 """Two commands that write the same output at once leave the output of one of them, whole."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-from helpers import ROOT, new_module
+from forked_runs import start_program
+from helpers import new_module
 from lit_phi2.adapters.peft_format import read_peft_folder, save_adapter
 
 EXPORT_10_TIMES = """
@@ -23,9 +22,9 @@ def test_two_exports_to_one_folder_leave_one_of_the_adapters(phi_dir: Path, tmp_
     for rank, source in zip((2, 4), sources, strict=True):
         save_adapter(new_module(phi_dir, lora_r=rank).trained_adapter(), source)
     exports = [
-        subprocess.Popen([sys.executable, "-c", EXPORT_10_TIMES, str(source), str(target)], cwd=ROOT)
+        start_program(EXPORT_10_TIMES, [str(source), str(target)], tmp_path / f"{source.name}.log")
         for source in sources
     ]
-    assert [export.wait() for export in exports] == [0, 0]
+    assert [export.wait() for export in exports] == [0, 0], [export.output for export in exports]
     assert read_peft_folder(target).settings in [read_peft_folder(source).settings for source in sources]
     assert {path.name for path in target.iterdir()} == {path.name for path in sources[0].iterdir()}

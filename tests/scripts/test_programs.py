@@ -57,6 +57,8 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
         "build_random_phi2",
         "build_tiny_phi",
         "crash_test",
+        "export_check",
+        "export_parity",
         "gpu_check",
         "plots",
         "profiling",

@@ -1,20 +1,24 @@
 """predictions.jsonl: every record once, in order; nothing of another predict is used, lost or deleted."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from helpers import new_data, new_module, new_trainer
 from lit_phi2.cli.main import main
 from lit_phi2.data import loaders
 from lit_phi2.data.records import Record
 from lit_phi2.errors import IncompleteError
-from lit_phi2.training.callbacks.predictions import PredictionWriter, to_prediction
+from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.module import LitPhi2
+from lit_phi2.training.outputs import to_prediction
 from lit_phi2.types import Example
 from lit_phi2.utils.locks import file_lock
 
@@ -52,7 +56,7 @@ def test_partial_files_are_merged_in_order_without_duplicates(tmp_path: Path, sp
     assert [row["id"] for row in rows] == [f"r{index}" for index in range(6)]
     assert [row["completion"] for row in rows] == [f"c{index}\u2028\x85" for index in range(6)]
     assert [row.get("truncated") for row in rows] == [None, None, True, None, None, None]
-    assert (writer.num_completions, writer.num_at_limit) == (6, 6)
+    assert (writer.summary.num_completions, writer.summary.num_at_limit) == (6, 6)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
@@ -105,8 +109,8 @@ def test_a_prediction_has_a_reference_only_with_a_response() -> None:
 def predict(
     phi_dir: Path, record_rows: list[dict[str, str]], write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
-    """Runs predict on twelve records, in four batches, with completions of four tokens."""
-    monkeypatch.setattr(loaders, "MAX_PROMPTS_PER_BATCH", 3)
+    """Runs predict on twelve records, in four batches of the loader, with completions of four tokens."""
+    monkeypatch.setattr(loaders, "PROMPTS_PER_BATCH", 3)
     file = write_jsonl(list(record_rows))
     settings = {
         "run_name": "small",
@@ -202,22 +206,22 @@ def test_a_continued_predict_writes_the_references_of_now(
 ) -> None:
     """A response is no part of the prompt, so it may be edited between a killed predict and the next."""
     out, records = tmp_path / "out.jsonl", tmp_path / "records.jsonl"
-    predict_step = LitPhi2.predict_step
-    batches: list[int] = []
+    append = PredictionWriter.append
+    ended: list[int] = []
 
-    def die_at_the_second_batch(self: LitPhi2, batch: Any, index: int) -> Any:
-        batches.append(index)
-        if index:
+    def die_at_the_fifth(self: PredictionWriter, part: Path, output: dict[str, Any]) -> None:
+        if len(ended) == 4:
             raise KeyboardInterrupt
-        return predict_step(self, batch, index)
+        ended.append(output["index"])
+        append(self, part, output)
 
-    monkeypatch.setattr(LitPhi2, "predict_step", die_at_the_second_batch)
+    monkeypatch.setattr(PredictionWriter, "append", die_at_the_fifth)
     assert predict("--output", out) == 130
-    monkeypatch.setattr(LitPhi2, "predict_step", predict_step)
+    monkeypatch.setattr(PredictionWriter, "append", append)
     rows = [json.loads(line) | {"response": "Edited."} for line in records.read_text().splitlines()]
     records.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert predict("--output", out) == 0
-    assert batches == [0, 1]
+    assert ids_of(out) == [f"r{number}" for number in range(12)]
     assert {json.loads(line)["reference"] for line in out.read_text().splitlines()} == {"Edited."}
 
 
@@ -237,3 +241,25 @@ def test_a_shortened_prompt_is_marked_in_its_prediction(
     assert "truncated" not in first
     assert second["truncated"] is True
     assert second["input"] == rows[1]["input"], "the record as it was given"
+
+
+def test_completions_that_loop_are_counted_with_the_cure(
+    phi_dir: Path, train_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The output layer always chooses token 7, so that every completion is a loop; then EOS at once."""
+    module = new_module(phi_dir, max_new_tokens=24)
+    with torch.no_grad():
+        module.fused_phi.lm_head.bias[7] += 1e4
+    with caplog.at_level("INFO", "lit_phi2"):
+        data = new_data(phi_dir, train_file, max_new_tokens=24)
+        new_trainer(tmp_path).predict(module, data, output=str(tmp_path / "out.jsonl"))
+    assert re.search(r"12 completions, 288 tokens \([\d,]+ tokens/s\), 12 \(100 %\) stopped at", caplog.text)
+    assert "12 of 12 completions (100 %) repeat themselves up to model.max_new_tokens" in caplog.text
+    assert "train longer" in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        module.fused_phi.lm_head.bias[module.eos_token_id] += 2e4
+    with caplog.at_level("INFO", "lit_phi2"):
+        new_trainer(tmp_path).predict(module, data, output=str(tmp_path / "other.jsonl"))
+    assert "12 completions, 0 tokens, 0 (0 %) stopped at model.max_new_tokens" in caplog.text
+    assert "repeat" not in caplog.text

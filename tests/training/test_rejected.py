@@ -1,14 +1,12 @@
 """rejected.jsonl: the records that the subcommands of a run leave out now, each with its text."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from forked_runs import start_program
 from lit_phi2.cli.main import main
 from lit_phi2.data.records import InvalidRecord
 from lit_phi2.training.rejected import write_rejected
@@ -53,13 +51,13 @@ def test_the_lines_of_other_splits_survive_any_text(tmp_path: Path) -> None:
 
 def test_two_commands_of_one_run_lose_no_line_of_the_other(tmp_path: Path) -> None:
     names = ("val", "test", "predict")
-    commands = [
-        subprocess.Popen([sys.executable, "-c", WRITE_20_TIMES, str(tmp_path), name], cwd=ROOT) for name in names
-    ]
-    assert [command.wait() for command in commands] == [0, 0, 0]
-    rows = read_json_lines(tmp_path / "rejected.jsonl")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    commands = [start_program(WRITE_20_TIMES, [str(folder), name], tmp_path / f"{name}.log") for name in names]
+    assert [command.wait() for command in commands] == [0, 0, 0], [command.output for command in commands]
+    rows = read_json_lines(folder / "rejected.jsonl")
     assert {row["split"]: row["location"] for row in rows} == {name: f"{name}.jsonl:19" for name in names}
-    assert [path.name for path in tmp_path.iterdir()] == ["rejected.jsonl"]
+    assert [path.name for path in folder.iterdir()] == ["rejected.jsonl"]
 
 
 def test_rejected_jsonl_says_what_the_last_predict_left_out(

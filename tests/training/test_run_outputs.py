@@ -41,6 +41,7 @@ def test_a_run_writes_scalars_samples_checkpoints_and_adapter(
         "adapter",
         "checkpoints",
         "config.yaml",
+        "drafts.npz",
         "ledger.parquet",
         "ledger_key.json",
         "provenance.json",

@@ -47,7 +47,7 @@ def test_a_trainer_without_arguments_has_the_commands_defaults(new: Callable[...
     assert {path.name for path in tmp_path.iterdir()} - {"records.jsonl"} == {"run"}
     folder = tmp_path / "run" / "version_0"
     names = {path.name.partition(".tfevents")[0] for path in folder.iterdir() if path.suffix != ".lock"}
-    assert names == {"adapter", "checkpoints", "config.yaml", "samples.jsonl", "events.out"}
+    assert names == {"adapter", "checkpoints", "config.yaml", "drafts.npz", "samples.jsonl", "events.out"}
     steps = [json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert steps == [0] * 4 + [12] * 4, "the base is measured before training"
 
@@ -163,9 +163,9 @@ def test_complete_answers_as_predict_does(new: Callable[..., Any], tmp_path: Pat
     ("questions", "message"),
     [
         ("Why?", "expected a list"),
-        (["Why?", " "], "instruction 2 is empty"),
-        (["Why?\n### Response:\nBecause"], "question 1"),
-        (["why " * 600], r"question 1 has \d+ tokens"),
+        (["Why?", " "], "instruction 2: is empty"),
+        (["Why?\n### Response:\nBecause"], "instruction 1: a line begins"),
+        (["why " * 600], r"instruction 1: it has \d+ tokens"),
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused(questions: Any, message: str, phi_dir: Path) -> None:

@@ -3,8 +3,6 @@
 import errno
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,13 +66,24 @@ def test_a_lock_is_free_when_its_holder_is_killed(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_one_that_waits_says_so_once_and_gets_the_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_waits_says_so_once_and_gets_the_lock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder is killed in the third pause."""
     path = tmp_path / "x.lock"
+    pauses: list[float] = []
     with holder(path) as process, caplog.at_level("INFO", "lit_phi2"):
-        threading.Timer(0.5, process.kill).start()
-        start = time.monotonic()
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 3:
+                process.kill()
+                process.wait()
+
+        monkeypatch.setattr(locks.time, "sleep", pause)
         with file_lock(path, waiting="waiting for the other"):
-            assert time.monotonic() - start >= 0.4
+            assert len(pauses) == 3
+        monkeypatch.undo()
     assert [record.getMessage() for record in caplog.records] == ["waiting for the other"]
 
 

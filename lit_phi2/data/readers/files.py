@@ -3,10 +3,13 @@
 claims.jsonl          .jsonl
 Claims.CSV.GZ         .csv        gzip
 claims.parquet.zst    .parquet    zstd, with pyarrow
+<stdin>               standard input, which can be read once
 """
 
 import gzip
 import io
+import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,8 @@ from lit_phi2.errors import InputError
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 ENDINGS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, or in one of these and .gz or .zst"
+
+STDIN = "<stdin>"  # as messages name it; a file of this name has no ending, and so is none of records
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
@@ -72,6 +77,11 @@ def check_signature(path: Path, file: io.BufferedReader) -> None:
 
 
 def _open(path: Path, compression: str | None) -> io.BufferedReader:
+    if str(path) == STDIN:
+        if sys.stdin is None:
+            raise InputError(f"{STDIN}: this process has no standard input.")
+        # Not sys.stdin itself: a thread that waits for it would block the end of the process.
+        return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     if compression == "gzip":
         return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(path)))
     if compression == "zstd":

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lit_phi2.data.readers.files import STDIN
 from lit_phi2.data.readers.json_text import DECODER, DuplicateKeyError, explain
 from lit_phi2.data.readers.rows import Rows, UnparsableRow
 from lit_phi2.data.readers.text_file import UndecodableLine, open_text, undecodable_row
@@ -21,6 +22,7 @@ from lit_phi2.errors import InputError
 _WHITESPACE = " \t\r\n\v\f"
 
 _IS_ARRAY = "begins a JSON array, but the file's ending promises one object per line. Let its name end in .json."
+_STDIN_IS_ARRAY = "begins a JSON array; expected one object per line, as `jq -c '.[]'` writes them."
 
 
 def read_json_lines(path: Path, encoding: str | None = None) -> Rows:
@@ -34,6 +36,7 @@ def read_json_lines(path: Path, encoding: str | None = None) -> Rows:
         InputError: the file cannot be read, is in another encoding, or is an array or has objects over several lines.
     """
     num_rows, location, row = 0, "", None
+    is_array = _STDIN_IS_ARRAY if str(path) == STDIN else _IS_ARRAY
     with open_text(path, encoding) as file:
         for number, line in enumerate(file.lines(), start=1):
             if not line.strip(_WHITESPACE):
@@ -42,21 +45,21 @@ def read_json_lines(path: Path, encoding: str | None = None) -> Rows:
             num_rows += 1
             if num_rows == 1:
                 location = f"{path}:{number}"
-                _check_layout(location, line.strip(_WHITESPACE), row)
+                _check_layout(location, line.strip(_WHITESPACE), row, is_array)
             yield number, row
     if num_rows == 1 and isinstance(row, list):
-        raise InputError(f"{location}: {_IS_ARRAY}")
+        raise InputError(f"{location}: {is_array}")
 
 
-def _check_layout(location: str, line: str, row: Any) -> None:
+def _check_layout(location: str, line: str, row: Any, is_array: str) -> None:
     """Check that the first line does not begin a value that spans lines."""
     if not isinstance(row, UnparsableRow):
         return
     if re.match(r"\[\s*(\{|$)", line):
-        raise InputError(f"{location}: {_IS_ARRAY}")
+        raise InputError(f"{location}: {is_array}")
     if line == "{":
         raise InputError(
-            f"{location}: begins an object that spans lines, but the file's ending promises one object per line. "
+            f"{location}: begins an object that spans lines; expected one object per line. "
             "Write each object on one line, as `jq -c .` does."
         )
 

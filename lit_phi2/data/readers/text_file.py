@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lit_phi2.data.readers.encodings import check_encoding, choose_codec, guess_codec, guess_wide_codec
-from lit_phi2.data.readers.files import check_signature, open_bytes
+from lit_phi2.data.readers.files import STDIN, check_signature, open_bytes
 from lit_phi2.data.readers.rows import UnparsableRow
 from lit_phi2.data.text import is_valid_unicode
 from lit_phi2.errors import InputError
@@ -56,7 +56,9 @@ class TextFile:
             raise InputError(f"{path}:1: is not UTF-8 but probably UTF-16. Set data.encoding to {wide}.")
         errors = "surrogateescape" if self._is_utf8 else "strict"
         self._stream = io.TextIOWrapper(file, self.codec, errors, newline="\n")
-        self._is_checked = self.codec == "utf-8-sig"  # its mark says what it is
+        self._is_stdin = str(path) == STDIN
+        # A byte order mark says what it is; standard input cannot be read again to find out.
+        self._is_checked = self.codec == "utf-8-sig" or self._is_stdin
 
     def head(self) -> str:
         """The first few thousand characters; the last of them may be cut off."""
@@ -120,6 +122,8 @@ class TextFile:
 
     def _undecodable(self) -> InputError:
         """The error that names the first place which the codec cannot decode."""
+        if self._is_stdin:
+            return InputError(f"{self.path}: cannot be decoded as {self.codec}. Give UTF-8, or set data.encoding.")
         if self.encoding and _is_utf8(self.path):
             return self._is_utf8_error()
         codecs.register_error("lit_phi2.mark", lambda error: (_MARK, _error_end(error)))

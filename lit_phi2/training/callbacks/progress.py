@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar as ProgressBarBase
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lit_phi2.training.callbacks.throughput import Throughput
+from lit_phi2.utils.console import format_seconds
 
 
 class ProgressBar(TQDMProgressBar):
@@ -37,7 +38,7 @@ class ProgressBar(TQDMProgressBar):
         metrics.pop("v_num", None)
         if trainer.state.fn == "fit" and self.throughput.trained_steps:
             metrics["tokens/s"] = f"{self.throughput.tokens_per_second:,.0f}"
-            metrics["left"] = _format_seconds(self.throughput.seconds_left(pl_module.total_steps()))
+            metrics["left"] = format_seconds(self.throughput.seconds_left(pl_module.total_steps()))
         return metrics
 
 
@@ -60,17 +61,6 @@ class ProgressLogger(ProgressBarBase):
         """Lightning calls this on ranks other than 0."""
         self.disabled = True
 
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._print(f"batch {batch_idx + 1}/{trainer.num_predict_batches[0]} completed")
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -80,7 +70,7 @@ class ProgressLogger(ProgressBarBase):
         total = pl_module.total_steps()
         self._print(
             f"step {trainer.global_step}/{total}  loss {loss:.4f}  {self.throughput.tokens_per_second:,.0f} tokens/s  "
-            f"{_format_seconds(self.throughput.seconds_left(total))} left",
+            f"{format_seconds(self.throughput.seconds_left(total))} left",
             force=trainer.global_step == total,
         )
 
@@ -91,14 +81,3 @@ class ProgressLogger(ProgressBarBase):
         if force or now - self.last_print >= self.every_seconds:
             self.last_print = now
             print(line, file=sys.stderr, flush=True)
-
-
-def _format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    >>> _format_seconds(3725.4)
-    '1:02:05'
-    """
-    minutes, seconds_rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds_rest:02d}"

@@ -1,0 +1,77 @@
+"""KVCache: the rotated keys and the values of every sequence in work, allocated once and written in place.
+
+    (L, S, 2, H, C, d)      L layers   S slots   2 keys, values   H heads   C positions   d width of a head
+
+A slot holds one sequence. New tokens are written at their positions before they attend, so a position beyond the
+sequence may hold anything: it is overwritten before it is read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CAPACITY_STEP = 64  # positions; a capacity is a multiple of it, so that few shapes occur
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What the size of a cache depends on."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def num_bytes(self, num_slots: int, capacity: int) -> int:
+        """Bytes of keys and values.
+
+        >>> CacheShape(32, 32, 80, torch.bfloat16).num_bytes(8, 1024)  # Phi-2
+        2684354560
+        """
+        return self.num_layers * num_slots * 2 * self.num_heads * capacity * self.head_dim * self.dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of some slots.
+
+    Args:
+        shape: of the model.
+        num_slots: sequences at the same time.
+        capacity: positions of a slot.
+        device: where the model runs.
+    """
+
+    def __init__(self, shape: CacheShape, num_slots: int, capacity: int, device: torch.device) -> None:
+        self.shape, self.num_slots, self.capacity = shape, num_slots, capacity
+        size = (shape.num_layers, num_slots, 2, shape.num_heads, capacity, shape.head_dim)
+        # Zeros, because 0 times whatever memory holds may be NaN where attention masks a position.
+        self.tensor = torch.zeros(size, dtype=shape.dtype, device=device)
+        # Views, made once: a decode step takes some hundreds of them.
+        self.layers = list(self.tensor.unbind(0))
+        self.slots = [[(slot[:1], slot[1:]) for slot in layer.unbind(0)] for layer in self.layers]  # (1, H, C, d) each
+
+    def grow(self, capacity: int) -> "KVCache":
+        """A cache with more positions and the same contents."""
+        larger = KVCache(self.shape, self.num_slots, capacity, self.tensor.device)
+        larger.tensor[..., : self.capacity, :] = self.tensor
+        return larger
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, keys_values: Tensor) -> None:
+        """Write new tokens.
+
+        Args:
+            layer: index.
+            slots, positions: (N,) int64, of each token.
+            keys_values: (N, 2, H, d), the keys after rotary.
+        """
+        self.layers[layer][slots, :, :, positions] = keys_values
+
+    def copy_prefix(self, layer: int, source: int, target: int, length: int) -> None:
+        """Copy the first positions of a slot to another."""
+        self.layers[layer][target, :, :, :length] = self.layers[layer][source, :, :, :length]
+
+
+def round_up(length: int) -> int:
+    """The smallest multiple of CAPACITY_STEP that is not less than a length."""
+    return -(-length // CAPACITY_STEP) * CAPACITY_STEP

@@ -1,0 +1,280 @@
+"""Weights: a model with LoRA in its layers -> the layers that decoding calls, the adapter merged where that pays.
+
+    W, A, B  ->  W + scale B A, added in float32, rounded once          a copy, layer by layer, if memory allows
+    W, A, B  ->  x W^T + scale (x A^T) B^T                              no copy: the model's own weights
+    W        ->  the model's own weights, or a copy in the dtype and layout that this machine multiplies faster
+
+The model is only read. A copy lasts as long as the engine.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
+
+from lit_phi2.model.device import cpu_bf16_instructions, total_memory
+from lit_phi2.model.linear import frozen_matmul
+from lit_phi2.model.lora import LoraUpdate, lora_updates
+from lit_phi2.model.phi2 import FusedPhiForCausalLM
+
+log = logging.getLogger(__name__)
+
+MIN_PASSES = 100  # a copy takes as long as some tens of passes
+MEMORY_SHARE = 0.5  # of the available memory that a copy may take
+PACKED_ROWS = 32  # of a product that packed weights give at least; drafts need some
+MAX_ROWS = 128  # of a product of float32 copies
+MIN_SPEEDUP = 1.2  # of float32 over bfloat16: an answer should not depend on the noise of a measurement
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingWeights:
+    """What a pass calls.
+
+    Attributes:
+        embed: (V, D).
+        blocks: as `block_forward` reads them.
+        norm: (N, D) -> (N, D), before the head.
+        head: (N, D) -> (N, V).
+        dtype: of hidden states.
+        cache_dtype: of keys and values: the model's.
+        min_rows: fewest rows of a product with which the sums of a row do not depend on the number of rows.
+    """
+
+    embed: Tensor
+    blocks: list[Any]
+    norm: Linear
+    head: Linear
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    min_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the layers are multiplied.
+
+    Attributes:
+        dtype: of hidden states and, where layers are copied, of the copies.
+        copies_all: every layer is a copy: in float32, its rows those of inputs; or in bfloat16, packed.
+        merges: layers with an adapter are merged copies.
+        native_rows: up to how many rows bfloat16 is multiplied as such, whatever `linear.py` does.
+        reasons: parts of the log line.
+    """
+
+    dtype: torch.dtype
+    copies_all: bool
+    merges: bool
+    native_rows: int
+    reasons: list[str]
+
+
+def prepare_weights(
+    model: FusedPhiForCausalLM, *, use_adapter: bool, num_rows: int, num_passes: int | None
+) -> DecodingWeights:
+    """Choose between the model's own weights and copies, and say in one log line which and why.
+
+    Args:
+        model: with or without adapters in its layers.
+        use_adapter: whether an adapter that is there counts.
+        num_rows: of a decode pass.
+        num_passes: that will be made; None for many.
+    """
+    layers = [layer for block in model.model.layers for layer in _linear_layers(block)]
+    updates = {layer: lora_updates(layer) for layer in layers} if use_adapter else {}
+    adapted = [layer for layer in layers if updates.get(layer)]
+    pays = not model.is_streamed and (num_passes is None or num_passes >= MIN_PASSES)
+    plan = _choose_plan(model, layers, adapted, num_rows, pays)
+    if plan.reasons:
+        log.info("decoding: %s", "; ".join(plan.reasons))
+
+    def make(layer: nn.Module) -> Linear:
+        return _make_linear(layer, updates.get(layer, []), plan)
+
+    return DecodingWeights(
+        embed=model.model.embed_tokens.weight.detach(),
+        blocks=[_make_block(block, make, plan.dtype) for block in model.model.layers],
+        norm=_layer_norm(model.model.final_layernorm, plan.dtype),
+        head=make(model.lm_head),
+        dtype=plan.dtype,
+        cache_dtype=model.lm_head.weight.dtype,
+        min_rows=2
+        if plan.copies_all and plan.dtype == torch.float32
+        else 1,  # MKL multiplies one row by another kernel, which adds in another order
+    )
+
+
+def _choose_plan(
+    model: FusedPhiForCausalLM, layers: list[nn.Module], adapted: list[nn.Module], num_rows: int, pays: bool
+) -> _Plan:
+    head: Any = model.lm_head
+    dtype, native_rows, copies_all, reasons = head.weight.dtype, 0, False, []
+    if head.weight.device.type == "cpu" and pays:
+        numel = sum(base_layer(layer).weight.numel() for layer in [*layers, head])
+        if dtype == torch.float32:
+            copies_all = _fits(4 * numel, head.weight.device)
+        else:
+            name, speedup = _fastest_product(head, num_rows)
+            if name == "float32" and _fits(4 * numel, head.weight.device):
+                dtype, copies_all = torch.float32, True
+            elif name == "packed" and _fits(2 * numel, head.weight.device):
+                native_rows, copies_all = max(num_rows, PACKED_ROWS), True
+            elif name == "native":
+                native_rows = num_rows
+            if copies_all:
+                reasons.append(f"{name} copies of the weights, which this CPU multiplies {speedup:.1f} times as fast")
+    if adapted:
+        num_bytes = sum(base_layer(layer).weight.nbytes for layer in adapted)
+        fits = copies_all or _fits(num_bytes, head.weight.device)
+        if pays and fits:
+            reasons.insert(0, "the adapter is merged into a copy of its layers")
+        else:
+            why = f"a copy of {num_bytes / 1e6:,.0f} MB does not fit the memory" if pays else "few tokens are expected"
+            reasons.insert(0, f"the adapter is added in every pass, because {why}")
+    return _Plan(dtype, copies_all, bool(adapted) and pays and fits, native_rows, reasons)
+
+
+def base_layer(layer: Any) -> Any:
+    """The linear layer itself, without LoRA."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _linear_layers(block: Any) -> list[nn.Module]:
+    return [block.self_attn.Wqkv, block.self_attn.dense, block.mlp.fc1, block.mlp.fc2]
+
+
+def _make_block(block: Any, make: Callable[[nn.Module], Linear], dtype: torch.dtype) -> SimpleNamespace:
+    """What `block_forward` reads of a Phi2Block, in eval mode."""
+    wqkv, dense, fc1, fc2 = map(make, _linear_layers(block))
+    attn = SimpleNamespace(Wqkv=wqkv, dense=dense, head_dim=block.self_attn.head_dim)
+    mlp = SimpleNamespace(fc1=fc1, fc2=fc2, activation_fn=block.mlp.activation_fn)
+    norm = _layer_norm(block.input_layernorm, dtype)
+    return SimpleNamespace(input_layernorm=norm, self_attn=attn, mlp=mlp, training=False)
+
+
+def _layer_norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Linear:
+    if norm.weight.dtype == dtype:
+        return norm
+    weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
+    shape, eps = tuple(norm.normalized_shape), norm.eps
+    return lambda hidden: F.layer_norm(hidden, shape, weight, bias, eps)
+
+
+def _make_linear(layer: nn.Module, updates: list[LoraUpdate], plan: _Plan) -> Linear:
+    base = base_layer(layer)
+    if not plan.copies_all and not (plan.merges and updates):
+        return _shared_linear(base, updates, plan.native_rows)
+    weight = base.rows(slice(None)).detach()
+    for update in updates:
+        weight = torch.addmm(weight.float(), update.b.float(), update.a.float(), alpha=update.scale)
+    bias = base.bias.detach().to(plan.dtype)
+    if plan.copies_all and plan.dtype == torch.bfloat16:
+        packed = _pack(weight.to(plan.dtype))
+        shared = _shared_linear(base, updates, 0)  # for long prompts; an unpacked merged copy would be one more model
+        native_rows = plan.native_rows
+        return lambda x: _packed_product(x, packed, bias) if len(x) <= native_rows else shared(x)
+    if plan.copies_all:
+        return partial(_chunked_product, matrix=weight.to(plan.dtype).t().contiguous(), bias=bias)
+    return partial(_product, matrix=weight.to(plan.dtype).t(), bias=bias, native_rows=plan.native_rows)
+
+
+def _product(x: Tensor, *, matrix: Tensor, bias: Tensor, native_rows: int) -> Tensor:
+    """x matrix + bias."""
+    return torch.addmm(bias, x, matrix) if len(x) <= native_rows else frozen_matmul(x, matrix, bias=bias)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """A bfloat16 weight in the layout that oneDNN multiplies; torch's own products bring it there in every call."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias for a packed W. Private names, which torch's own compiler calls in the pinned version."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return product
+
+
+def _chunked_product(x: Tensor, *, matrix: Tensor, bias: Tensor) -> Tensor:
+    """x matrix + bias, for a contiguous matrix whose rows are those of inputs.
+
+    MKL multiplies few rows by such a matrix half again as fast as by W^T, and adds in one order for 2 to MAX_ROWS rows:
+    a token has the same logits beside any others.
+    """
+    if len(x) <= MAX_ROWS:
+        return torch.addmm(bias, x, matrix)
+    return torch.cat([torch.addmm(bias, rows, matrix) for rows in x.chunk(-(-len(x) // MAX_ROWS))])
+
+
+def _shared_linear(base: Any, updates: list[LoraUpdate], native_rows: int) -> Linear:
+    """x W^T + bias with the model's own weight, and the update of every adapter."""
+
+    def product(x: Tensor) -> Tensor:
+        out = F.linear(x, base.weight, base.bias) if len(x) <= native_rows else base.matmul(x)
+        for update in updates:
+            lora_x = frozen_matmul(x, update.a.to(x.dtype).t())
+            out = out.add_(frozen_matmul(lora_x, update.b.to(x.dtype).t()), alpha=update.scale)
+        return out
+
+    return product
+
+
+def _fits(num_bytes: int, device: torch.device) -> bool:
+    return num_bytes <= MEMORY_SHARE * available_memory(device)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a device has left; on a CPU no more than the container's limit leaves this process."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    available: int = psutil.virtual_memory().available
+    return max(0, min(available, total_memory() - psutil.Process().memory_info().rss))
+
+
+def _fastest_product(head: Any, num_rows: int) -> tuple[str, float]:
+    """How this CPU multiplies a few rows by bfloat16 weights fastest, measured on a part of the head.
+
+    Returns:
+        native, emulated (`linear.py` in float32, chunk by chunk), packed or float32 (copies); and how many times as
+        fast as the better of the first two the best copies are.
+    """
+    weight = head.rows(slice(0, 4096)).detach()
+    x, copy = torch.ones(num_rows, weight.shape[1]), weight.float().t().contiguous()
+    rows = x.to(weight.dtype)
+    seconds = {
+        "native": _best_seconds(lambda: rows @ weight.t()),
+        "emulated": _best_seconds(lambda: frozen_matmul(rows, weight.t())),
+        "float32": _best_seconds(lambda: x @ copy),
+    }
+    if cpu_bf16_instructions() is not None and torch.backends.mkldnn.is_available():
+        packed = _pack(weight)
+        seconds["packed"] = _best_seconds(lambda: _packed_product(rows, packed, None))
+    own = min(("native", "emulated"), key=seconds.__getitem__)
+    # Packed products give the bits of native ones; float32 must be clearly faster.
+    if (
+        "packed" in seconds
+        and seconds["packed"] < seconds[own]
+        and seconds["packed"] < MIN_SPEEDUP * seconds["float32"]
+    ):
+        return "packed", seconds[own] / seconds["packed"]
+    speedup = seconds[own] / seconds["float32"]
+    return ("float32" if speedup >= MIN_SPEEDUP else own), speedup
+
+
+def _best_seconds(product: Callable[[], Tensor]) -> float:
+    def seconds() -> float:
+        start = time.perf_counter()
+        product()
+        return time.perf_counter() - start
+
+    return min(seconds() for _ in range(8))
