@@ -63,9 +63,10 @@ def short_help(parser: Any, subcommand: str) -> str:
             is_flag = section == "" and action.dest not in ("run_name", "seed_everything")
             sections[f"flags of {subcommand}" if is_flag else "the run"] += _entry(action.dest, action)
     text = _USAGE.format(subcommand=subcommand, description="\n".join(textwrap.wrap(parser.description, _WIDTH)))
-    for title, lines in sections.items():
+    text += "\n"
+    for title, lines in sections.items():  # no empty lines between them: all keys fit one screen
         if lines:
-            text += "\n".join(["", f"{title}:", *lines, ""])
+            text += "\n".join([f"{title}:", *lines, ""])
     return text + _MORE
 
 
