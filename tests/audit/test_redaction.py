@@ -1,6 +1,8 @@
-"""Redaction: consistent placeholders, and no planted identifier in any byte that a run writes."""
+"""Redaction: consistent placeholders, and no planted identifier in any byte that a run writes or prints."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,12 @@ from lit_phi2.audit.identifiers import KINDS
 from lit_phi2.audit.redaction import redact
 from lit_phi2.cli.main import main
 from lit_phi2.data import cache
+from lit_phi2.data.records import Record
+from lit_phi2.generation.ngrams import NgramIndex
+from lit_phi2.pretrained import load_tokenizer, resolve_base_model
+from lit_phi2.training.draft_index import INDEX_FILE
+from lit_phi2.training.outputs import redact_output, to_prediction
+from lit_phi2.types import Example
 from planted import PLANTED
 
 VALUES = [value for rows in PLANTED.values() for _, value in rows]
@@ -79,7 +87,8 @@ def planted_file(tmp_path: Path) -> Path:
 
 
 def run(phi_dir: Path, path: Path, *arguments: str, **settings: str) -> None:
-    files = [f"--data.{split}_files={path}" for split in ("train", "val", "test", "predict")]
+    splits = ("train", "val", "test", "predict") if str(path) != "-" else ("predict",)
+    files = [f"--data.{split}_files={path}" for split in splits]
     defaults = {
         "model.base": str(phi_dir),
         "model.dtype": "float32",
@@ -112,6 +121,13 @@ def leaked(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def text_of_drafts(folder: Path, phi_dir: Path) -> str:
+    """What the tokens in the drafts.npz of a run below a folder stand for."""
+    index = NgramIndex.load(next(folder.rglob(INDEX_FILE)))
+    assert index is not None
+    return str(load_tokenizer(resolve_base_model(str(phi_dir))).decode(index.tokens.tolist()))
+
+
 def test_no_file_of_a_run_holds_a_planted_identifier(
     phi_dir: Path,
     planted_file: Path,
@@ -131,7 +147,9 @@ def test_no_file_of_a_run_holds_a_planted_identifier(
     run(phi_dir, planted_file, "inspect", **{"data.redact": "all"})
     printed = "\n".join([*capsys.readouterr(), caplog.text])
     assert leaked(folder) == {}
-    assert [value for value in VALUES if value in printed] == []
+    drafts = text_of_drafts(folder, phi_dir)
+    assert "[CLAIM_NUMBER_1]" in drafts
+    assert [value for value in VALUES if value in drafts or value in printed] == []
     names = {file.name for file in folder.rglob("*")}
     assert {"rejected.jsonl", "samples.jsonl", "predictions.jsonl", "examples.arrow", "last.ckpt"} < names
     assert "  redacted           " in printed
@@ -147,12 +165,14 @@ def test_without_redaction_the_same_files_hold_identifiers(
     assert leaked(folder)
 
 
+TEXTS = {"instruction": "Why CLM-2024-00017?", "input": "CLM-2024-00017", "response": "Of CLM-2024-00017."}
+
+
 def test_outputs_are_redacted_though_training_is_not(
     phi_dir: Path, write_jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records have the claim number in every part, and the model is trained on it."""
-    texts = {"instruction": "Why CLM-2024-00017?", "input": "CLM-2024-00017", "response": "Of CLM-2024-00017."}
-    path = write_jsonl([{"id": f"CLM-2024-0001{n}", **texts} for n in range(4)])
+    path = write_jsonl([{"id": f"CLM-2024-0001{n}", **TEXTS} for n in range(4)])
     (folder := tmp_path / "w").mkdir()
     monkeypatch.chdir(folder)
     output = {"data.redact_output": "[claim_number]"}
@@ -165,5 +185,82 @@ def test_outputs_are_redacted_though_training_is_not(
     events = b"".join(file.read_bytes() for file in folder.rglob("events.out*"))
     assert b"[CLAIM_NUMBER_1]" in events
     assert b"CLM-2024" not in events
+    assert "Of CLM-2024-00017." in text_of_drafts(folder, phi_dir)
     run(phi_dir, path, "predict", "--ckpt_path=last", "--output=plain.jsonl")
     assert "Of CLM-2024-00017." in (folder / "plain.jsonl").read_text("utf-8")
+
+
+def test_a_completion_has_the_placeholders_of_its_record() -> None:
+    """Also where its output was stored with placeholders before the record is added."""
+    record = Record("CLM-2024-00017", *TEXTS.values(), "a.jsonl:7")
+    output = {
+        "index": 0,
+        "completion": "As CLM-2024-00099 and CLM-2024-00017.",
+        "finish_reason": "stop",
+        "new_tokens": 9,
+    }
+    redacted = redact_output(record, output, ["claim_number"])
+    assert redacted == output | {"completion": "As [CLAIM_NUMBER_2] and [CLAIM_NUMBER_1]."}
+    assert to_prediction(record, Example("", [1], 1), redacted, ["claim_number"]) == {
+        "id": "a.jsonl:7",
+        "instruction": "Why [CLAIM_NUMBER_1]?",
+        "input": "[CLAIM_NUMBER_1]",
+        "reference": "Of [CLAIM_NUMBER_1].",
+        "completion": "As [CLAIM_NUMBER_2] and [CLAIM_NUMBER_1].",
+        "finish_reason": "stop",
+        "new_tokens": 9,
+    }
+
+
+def test_every_output_of_predict_is_redacted(
+    phi_dir: Path,
+    write_jsonl: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """JSON Lines, CSV, Parquet, and standard output of a file and of standard input."""
+    path = write_jsonl([{"id": f"CLM-2024-0001{n}", **TEXTS} for n in range(2)])
+    (folder := tmp_path / "w").mkdir()
+    monkeypatch.chdir(folder)
+    output = {"data.redact_output": "[claim_number]"}
+    contents = []
+    for name in ("out.jsonl", "out.csv", "out.parquet"):
+        run(phi_dir, path, "predict", f"--output={name}", **output)
+        file = folder / name
+        contents.append(str(parquet.read_table(file).to_pylist()) if ".parquet" in name else file.read_text("utf-8"))
+    capsys.readouterr()
+    run(phi_dir, path, "predict", "--output=-", **output)
+    contents.append(capsys.readouterr().out)
+    read_end, write_end = os.pipe()
+    os.write(write_end, path.read_bytes())
+    os.close(write_end)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(read_end))
+    run(phi_dir, Path("-"), "predict", "--output=-", **output)
+    contents.append(capsys.readouterr().out)
+    for content in contents:
+        assert content.count("Why [CLAIM_NUMBER_1]?") == 2
+        assert "2024" not in content
+
+
+def test_a_question_is_redacted_as_a_record_is(
+    phi_dir: Path,
+    write_jsonl: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With data.redact the model reads placeholders: the answer is that to the redacted text, and not to the text."""
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--model.base={phi_dir}", "--model.dtype=float32", "--model.max_new_tokens=6", "--trainer.accelerator=cpu"]
+    answers = []
+    for text, *redact_flag in (
+        ("Why CLM-2024-00017?", "--data.redact=all"),
+        ("Why [CLAIM_NUMBER_1]?",),
+        ("Why CLM-2024-00017?",),
+    ):
+        capsys.readouterr()
+        assert main(["predict", *flags, "--instruction", text, *redact_flag]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
