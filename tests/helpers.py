@@ -104,7 +104,7 @@ def weights_of(module: LitPhi2) -> dict[str, Tensor]:
 
 
 def digest_of_tensors(file: Path) -> str:
-    """Of a safetensors file without its metadata, which name the provenance of its run and so the salt of its ledger."""
+    """Of a safetensors file without its metadata, which name the provenance of its run and so the ledger's salt."""
     return tree_digest(dict(sorted(load_file(file).items())))
 
 

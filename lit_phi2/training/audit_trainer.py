@@ -1,7 +1,7 @@
 """AuditTrainer: the subcommands that check a run after its training.
 
-    audit       suspect records by path:line; how far records of train can be told from others
-    verify      files, base, data and signature against provenance.json; records against the ledger
+audit       suspect records by path:line; how far records of train can be told from others
+verify      files, base, data and signature against provenance.json; records against the ledger
 """
 
 from pathlib import Path

@@ -252,7 +252,12 @@ def test_a_question_is_redacted_as_a_record_is(
 ) -> None:
     """With data.redact the model reads placeholders: the answer is that to the redacted text, and not to the text."""
     monkeypatch.chdir(tmp_path)
-    flags = [f"--model.base={phi_dir}", "--model.dtype=float32", "--model.max_new_tokens=6", "--trainer.accelerator=cpu"]
+    flags = [
+        f"--model.base={phi_dir}",
+        "--model.dtype=float32",
+        "--model.max_new_tokens=6",
+        "--trainer.accelerator=cpu",
+    ]
     answers = []
     for text, *redact_flag in (
         ("Why CLM-2024-00017?", "--data.redact=all"),
