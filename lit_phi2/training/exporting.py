@@ -63,8 +63,8 @@ def plan_checkpoint_export(
     if ckpt_path is None:
         log.info("no --ckpt_path: the base alone is exported, without an adapter")
     else:
+        adapter = read_adapter(Path(ckpt_path))  # whose messages about a damaged file say more
         check_provenance(*provenance_folders(Path(ckpt_path)))
-        adapter = read_adapter(Path(ckpt_path))
         predicate = _source_predicate(Path(ckpt_path), adapter)
     source = f"--ckpt_path {ckpt_path}"
     return plan_export(adapter, base, folder, format=format, dtype=dtype, source=source, predicate=predicate, sign=sign)
