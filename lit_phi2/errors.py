@@ -1,6 +1,8 @@
 """Errors that end a run, each with its exit code.
 
     2           InputError       config, arguments or data must change
+    3           VerificationError  `verify` found files that are not what they were
+    3           LeakageError     `audit` found more leakage than its threshold allows
     1           NonFiniteError   a loss or a gradient norm is NaN or infinite
     1           IncompleteError  an output would lack a part
     130, 143    RunInterrupted   Ctrl-C or SIGTERM
@@ -13,6 +15,16 @@ class InputError(ValueError):
     """Config, arguments or data cannot be used: where, what was found, what was expected, what to change."""
 
     exit_code = 2
+
+
+class VerificationError(RuntimeError):
+    """`verify` found files, data or code that are not what provenance.json says."""
+
+    exit_code = 3
+
+
+class LeakageError(VerificationError):
+    """`audit --what leakage` found more than its threshold allows."""
 
 
 class NonFiniteError(RuntimeError):

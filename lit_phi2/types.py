@@ -31,15 +31,21 @@ class Example:
         id: of the record.
         ids: prompt, response and EOS; the prompt alone where there is no response (predict).
         prompt_length: tokens of the prompt; all others are supervised.
-        truncated: the input section was shortened to make the example fit.
+        truncated_tokens: tokens that its input section lost to make the example fit; at least so many, where the text
+            is far longer.
         location: of the record, `path:line`.
     """
 
     id: str
     ids: list[int]
     prompt_length: int
-    truncated: bool = False
+    truncated_tokens: int = 0
     location: str = ""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the input section was shortened."""
+        return self.truncated_tokens > 0
 
     @property
     def supervised_tokens(self) -> int:

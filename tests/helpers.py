@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.model.lora import adapter_state_dict, trainable_parameters
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.trainer import Trainer
+from lit_phi2.utils.files import tree_digest
 
 ROOT = Path(__file__).parents[1]
 TINY_CONFIG = ROOT / "configs" / "tiny.yaml"
@@ -99,6 +101,11 @@ class DieAt(Callback):
 def weights_of(module: LitPhi2) -> dict[str, Tensor]:
     assert module.phi is not None
     return adapter_state_dict(module.phi)
+
+
+def digest_of_tensors(file: Path) -> str:
+    """Of a safetensors file without its metadata, which name the provenance of its run and so the ledger's salt."""
+    return tree_digest(dict(sorted(load_file(file).items())))
 
 
 def check_time_is_linear(run: Callable[[int], object], small: int, large: int) -> None:

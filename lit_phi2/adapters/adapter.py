@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_phi2.base_digest import different_parts
-from lit_phi2.data.prompts import TEMPLATE_VERSION
+from lit_phi2.data.prompts import TEMPLATE_DIGEST, TEMPLATE_VERSION
 from lit_phi2.errors import InputError
 from lit_phi2.model.loading import empty_phi2, linear_layers
 from lit_phi2.model.lora import (
@@ -44,6 +44,7 @@ class Adapter:
         settings: rank, alpha, targets and kind of scale.
         base: base, base_revision and base_digest; the digest is empty where it is unknown.
         template_version: of the prompts it was trained on; 0 where it is unknown.
+        template_digest: of these prompts; empty where it is unknown.
         is_partial: another tool trained it in some layers only; `check_adapter` adds the others, which change nothing.
     """
 
@@ -51,12 +52,13 @@ class Adapter:
     settings: LoraSettings
     base: dict[str, str]
     template_version: int
+    template_digest: str = ""
     is_partial: bool = False
 
 
 def make_adapter(base: BaseModel, settings: LoraSettings, weights: dict[str, Tensor]) -> Adapter:
     """An adapter trained on this base with the present template."""
-    return Adapter(weights, settings, base.fingerprint(), TEMPLATE_VERSION)
+    return Adapter(weights, settings, base.fingerprint(), TEMPLATE_VERSION, TEMPLATE_DIGEST)
 
 
 def with_base_name(adapter: Adapter, base: BaseModel) -> Adapter:
@@ -83,6 +85,11 @@ def check_adapter(adapter: Adapter, settings: LoraSettings, base: BaseModel, *, 
         raise InputError(
             f"{source}: was trained on prompts of template {adapter.template_version}; this lit_phi2 has "
             f"{TEMPLATE_VERSION}."
+        )
+    if adapter.template_digest not in ("", TEMPLATE_DIGEST):
+        raise InputError(
+            f"{source}: was trained on the prompt template with digest {adapter.template_digest}; this lit_phi2 has "
+            f"{TEMPLATE_DIGEST}: data/prompts.py was changed. Restore it, or train again."
         )
     layers = linear_layers(base)
     check_targets(adapter.settings.target_modules, layers, max(layers.values()))

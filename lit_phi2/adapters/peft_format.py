@@ -29,6 +29,7 @@ from lit_phi2.utils.paths import ADAPTER_CONFIG_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's name
 METADATA_FILE = "lit_phi2.json"
+ADAPTER_FILES = (WEIGHTS_FILE, ADAPTER_CONFIG_FILE, METADATA_FILE)
 FOLDER_FORMAT = 2  # raised when a key of METADATA_FILE changes its name or meaning
 
 _METADATA = {
@@ -37,12 +38,19 @@ _METADATA = {
     "base_revision": TEXT,
     "base_digest": TEXT,
     "template_version": integer(0, 2**31 - 1),
+    "template_digest": TEXT,
     "digest": TEXT,
 }
 
 
-def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter in plain PEFT form for transformers' own Phi; each file is complete or absent."""
+def save_adapter(adapter: Adapter, folder: Path, provenance: Mapping[str, str] = {}) -> None:
+    """Write an adapter in plain PEFT form for transformers' own Phi; each file is complete or absent.
+
+    Args:
+        adapter: to write.
+        folder: is created.
+        provenance: for the metadata of the safetensors file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     targets = hf_targets(adapter.settings.target_modules)
     lora_config = LoraConfig(
@@ -57,13 +65,29 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     lora_config["target_modules"] = targets  # PEFT keeps a set, whose order changes from run to run
     config = json.dumps(lora_config, indent=2, default=str) + "\n"
     weights = split_qkv(adapter.weights)
-    metadata = {"format_version": FOLDER_FORMAT, **adapter.base, "template_version": adapter.template_version}
+    metadata = {
+        "format_version": FOLDER_FORMAT,
+        **adapter.base,
+        "template_version": adapter.template_version,
+        "template_digest": adapter.template_digest,
+    }
     metadata["digest"] = _folder_digest(weights, json.loads(config), metadata)
     # Of two exports to one folder the second waits, so that the files of the folder belong together.
     with file_lock(folder / "adapter.lock", waiting=f"{folder}: waiting for another export"):
-        atomic_write(folder / WEIGHTS_FILE, save(weights, {"format": "pt"}))
+        atomic_write(folder / WEIGHTS_FILE, save_tensors(weights, {"format": "pt", **provenance}))
         atomic_write(folder / ADAPTER_CONFIG_FILE, config)
         atomic_write(folder / METADATA_FILE, json.dumps(metadata, indent=2) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; the package writes several metadata in an order that changes from call to call."""
+    content = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def read_peft_folder(folder: Path) -> Adapter:
@@ -94,6 +118,7 @@ def read_peft_folder(folder: Path) -> Adapter:
             "base_digest": metadata.get("base_digest", ""),
         },
         template_version=metadata.get("template_version", 0),
+        template_digest=metadata.get("template_digest", ""),
         is_partial=fused.is_partial,
     )
 
@@ -110,7 +135,7 @@ def _read_metadata(file: Path) -> dict[str, Any]:
             f"{FOLDER_FORMAT}. Train again, or remove {file.name}: the adapter is then used on model.base, "
             "whichever base it was trained on."
         )
-    check_values(metadata, _METADATA, source=str(file), required=_METADATA)
+    check_values(metadata, _METADATA, source=str(file), required=_METADATA.keys() - {"template_digest"})
     return metadata
 
 

@@ -19,7 +19,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_phi2.adapters.adapter import check_same_base
 from lit_phi2.adapters.checkpoint import read_adapter
-from lit_phi2.cli.arguments import check_question, check_repeated, known_keys, list_keys
+from lit_phi2.audit.ledger import KEY_FILE
+from lit_phi2.audit.provenance import PROVENANCE_FILE
+from lit_phi2.cli.arguments import check_question, check_repeated, known_keys, list_keys, with_run_config
 from lit_phi2.cli.checks import (
     check_callbacks,
     check_run_name,
@@ -43,7 +45,10 @@ from lit_phi2.utils.paths import expand_user, find_checkpoint
 log = logging.getLogger(__name__)
 
 TRAINER_KEYS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
-_NOT_SAVED = ("ckpt_path", "output", "instruction", "input", "output_dir", "format", "dtype", "check", "config")
+_NOT_SAVED = (
+    *("ckpt_path", "output", "instruction", "input", "output_dir", "format", "dtype", "check", "sign", "config"),
+    *("record", "replay", "public_key", "what", "max_auc"),
+)
 
 
 class CLI(LightningCLI):
@@ -54,7 +59,7 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, arguments: list[str]) -> None:
-        self.arguments = arguments
+        self.arguments = with_run_config(arguments)
         super().__init__(
             LitPhi2,
             ClaimsDataModule,
@@ -159,12 +164,15 @@ class CLI(LightningCLI):
         name = config.ckpt_path
         if name in ("last", "best") and not self.has_run_name:
             raise InputError(f"--ckpt_path {name}: which run? Give --config or --run_name.")
+        if self.subcommand == "verify" and (expand_user(name, "--ckpt_path") / PROVENANCE_FILE).is_file():
+            config.ckpt_path = str(expand_user(name, "--ckpt_path"))  # as a whole: an export, or the folder of a run
+            return
         root = Path(config.trainer.default_root_dir)
         prefer = "last" if self.subcommand == "fit" else "best"
         checkpoint = find_checkpoint(name, root, config.run_name, prefer=prefer)
         log.info("checkpoint: %s", checkpoint)
         config.ckpt_path = str(checkpoint)
-        if self.subcommand in ("validate", "test", "predict"):
+        if self.subcommand in ("validate", "test", "predict", "audit"):
             self._adopt_checkpoint_settings(checkpoint)
         elif self.subcommand == "fit" and checkpoint.is_file():  # before the data is read
             base = resolve_base_model(config.model.base)
@@ -212,9 +220,16 @@ class CLI(LightningCLI):
         check_strategy(trainer)
         trainer.run_name = config.run_name
         trainer.run_config = self._run_config()
+        trainer.config_run = self._config_run()
         trainer.checkpoint_every_n_steps = config.checkpoint.every_n_steps
         trainer.checkpoint_every_minutes = config.checkpoint.every_minutes
         return trainer
+
+    def _config_run(self) -> Path | None:
+        """The folder of the run that the last --config comes from."""
+        configs = [value for name, value in zip(self.arguments, self.arguments[1:], strict=False) if name == "--config"]
+        folder = Path(configs[-1]).parent if configs else None
+        return folder if folder is not None and (folder / KEY_FILE).is_file() else None
 
     def _run_config(self) -> str:
         """The run as YAML for every subcommand: without checkpoint and arguments of a single subcommand."""

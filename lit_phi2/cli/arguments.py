@@ -19,6 +19,7 @@ from lit_phi2.cli.configs import CONFIG_SECTIONS, resolve_config
 from lit_phi2.cli.subcommands import pop_option
 from lit_phi2.errors import InputError
 from lit_phi2.utils.console import shell_command
+from lit_phi2.utils.paths import expand_user, run_dir_of
 
 # Classes that a config may name: none of them runs code passed to it or sends anything. --allow_classes adds to them.
 ALLOWED_CLASSES = (
@@ -36,6 +37,8 @@ ALLOWED_CLASSES = (
 )
 ALLOWED_CLASS_NAMES = tuple(c.__name__ for c in ALLOWED_CLASSES if not issubclass(c, callbacks.Checkpoint))
 
+OF_ONE_RUN = ("verify",)  # subcommands that take the config of the run by default
+
 
 def configs_first(arguments: Sequence[str]) -> list[str]:
     """The subcommand, then the configs in their order, then the flags.
@@ -46,6 +49,21 @@ def configs_first(arguments: Sequence[str]) -> list[str]:
     configs, rest = pop_option(arguments, "--config", "-c")
     flags = [part for config in configs for part in ("--config", resolve_config(config))]
     return rest[:1] + flags + rest[1:]
+
+
+def with_run_config(arguments: Sequence[str]) -> list[str]:
+    """The arguments of verify, with the config of the run that --ckpt_path is in, unless a config is given.
+
+    Args:
+        arguments: after `configs_first`.
+    """
+    values, _ = pop_option(arguments, "--ckpt_path")
+    if arguments[0] not in OF_ONE_RUN or "--config" in arguments or not values or values[-1] in ("last", "best"):
+        return list(arguments)
+    path = expand_user(values[-1], "--ckpt_path")
+    folders = [path, run_dir_of(path)] if path.exists() else []
+    configs = [str(file) for folder in folders if (file := folder / "config.yaml").is_file()]
+    return [arguments[0], *(["--config", configs[0]] if configs else []), *arguments[1:]]
 
 
 def pop_allow_classes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -29,8 +29,7 @@ usage: lit-phi2 {subcommand} [--config FILE ...] [--KEY VALUE ...]
 A key is a flag, as in --model.lora_r 8, or in a YAML file: model: {{lora_r: 8}}.
 """
 _MORE = """
---help.model and --help.data print all about these keys, --help.trainer those of
-Lightning's Trainer, such as trainer.max_epochs, max_steps, devices, callbacks."""
+--help.model, --help.data, --help.trainer (max_epochs ...) print all of these."""
 
 
 def requested_help(parser: Any, subcommand: str, arguments: Sequence[str]) -> str | None:
@@ -64,9 +63,10 @@ def short_help(parser: Any, subcommand: str) -> str:
             is_flag = section == "" and action.dest not in ("run_name", "seed_everything")
             sections[f"flags of {subcommand}" if is_flag else "the run"] += _entry(action.dest, action)
     text = _USAGE.format(subcommand=subcommand, description="\n".join(textwrap.wrap(parser.description, _WIDTH)))
-    for title, lines in sections.items():
+    text += "\n"
+    for title, lines in sections.items():  # no empty lines between them: all keys fit one screen
         if lines:
-            text += "\n".join(["", f"{title}:", *lines, ""])
+            text += "\n".join([f"{title}:", *lines, ""])
     return text + _MORE
 
 

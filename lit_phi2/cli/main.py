@@ -3,6 +3,7 @@
     0            done
     1            a defect, a problem of the machine, or a non-finite loss
     2            config, arguments or data must change
+    3            verify found something changed
     130, 143     stopped by Ctrl-C or SIGTERM
     141          what reads standard output wants no more of it
 
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from lit_phi2.cli.subcommands import early_answer
-from lit_phi2.errors import IncompleteError, InputError, NonFiniteError, RunInterrupted
+from lit_phi2.errors import IncompleteError, InputError, NonFiniteError, RunInterrupted, VerificationError
 from lit_phi2.utils.console import PEER_DIED, RESUME_HINT, print_text, replace_unencodable, set_up_logging
 from lit_phi2.utils.signals import stop_request
 
@@ -91,7 +92,7 @@ def _report(error: Exception) -> int | None:
     Returns:
         The exit code; None for any other error; main raises it again with its traceback.
     """
-    if isinstance(error, InputError | IncompleteError | NonFiniteError) or _is_lightnings(error):
+    if isinstance(error, InputError | IncompleteError | NonFiniteError | VerificationError) or _is_lightnings(error):
         if _rank() == 0:  # every rank raises the same error
             _print_error(f"error: {error}")
         return getattr(error, "exit_code", InputError.exit_code)

@@ -19,6 +19,8 @@ SUBCOMMANDS = {
     "predict": "Complete the records of predict_files, or one instruction, greedily.",
     "inspect": "Print statistics of the training and validation data, the caches, and one example; no model is loaded.",
     "export": "Write an adapter, or the merged model, for another runtime, and check it there.",
+    "audit": "Rank suspect training records by path:line, or measure how far an adapter gives its records away.",
+    "verify": "Check a run, an adapter or an export, or look up which records were trained on.",
 }
 _OTHER_NAMES = {
     "fit": "train training finetune fine-tune fine_tune tune learn run start resume continue",
@@ -27,6 +29,8 @@ _OTHER_NAMES = {
     "predict": "prediction generate generation infer inference complete completion answer ask chat sample",
     "inspect": "data dataset stats statistics show check info preview describe",
     "export": "save convert merge write",
+    "audit": "clean dedup duplicates labels leakage",
+    "verify": "provenance ledger check sign signature replay reproduce",
 }
 _HELP = """\
 usage: lit-phi2 SUBCOMMAND [--config FILE ...] [--KEY VALUE ...]

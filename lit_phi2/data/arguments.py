@@ -7,6 +7,9 @@ lit_phi2.errors.InputError: data.on_bad_record: 'ignore' is unknown; expected 'e
 
 from collections.abc import Sequence
 
+from lit_phi2.data.chat import TURNS
+from lit_phi2.data.encode import ON_OVERLONG
+from lit_phi2.data.readers.encodings import check_encoding
 from lit_phi2.errors import InputError
 from lit_phi2.utils.paths import expand_user
 
@@ -15,6 +18,18 @@ DEFAULT_VAL_FRACTION = 0.1
 STDIN_SOURCE = "-"
 
 Files = str | list[str] | None
+
+
+def check_reading(turns: str, encoding: str | None, on_overlong: str, on_bad_record: str) -> None:
+    """Refuse an unknown turns, encoding, on_overlong or on_bad_record.
+
+    Raises:
+        InputError: names the argument.
+    """
+    check_choice(TURNS, turns=turns)
+    check_encoding(encoding)
+    check_choice(ON_OVERLONG, on_overlong=on_overlong)
+    check_choice(("error", "skip"), on_bad_record=on_bad_record)
 
 
 def check_choice(choices: Sequence[str], **values: str) -> None:

@@ -46,8 +46,10 @@ def write_split(folder: Path, builder: SplitBuilder, sources: list[str]) -> None
         "digest": split.digest,
         "truncated": split.truncated,
         "forms": split.forms,
+        "redacted": split.redacted,
         "invalid": [asdict(record) for record in split.invalid],
         "skipped": [asdict(record) for record in split.skipped],
+        "forgotten": [asdict(record) for record in split.forgotten],
     }
     atomic_write(folder / METADATA_FILE, json.dumps(metadata) + "\n")
 
@@ -59,7 +61,7 @@ def _write_examples(file: Path, builder: SplitBuilder) -> None:
     schema = pa.schema(
         [(name, text) for name in (*_TEXT_COLUMNS, "facts")]
         + [("prompt_hash", pa.uint64()), ("id_hash", pa.uint64())]
-        + [("prompt_length", pa.int32()), ("truncated", pa.bool_()), ("ids", pa.large_list(pa.int32()))]
+        + [("prompt_length", pa.int32()), ("truncated_tokens", pa.int32()), ("ids", pa.large_list(pa.int32()))]
     )
     try:
         with file.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -79,7 +81,7 @@ def _to_row(record: Record, example: Example) -> dict[str, Any]:
         "prompt_hash": prompt_hash(record),
         "id_hash": id_hash(record),
         "prompt_length": example.prompt_length,
-        "truncated": example.truncated,
+        "truncated_tokens": example.truncated_tokens,
         "ids": example.ids,
     }
 
@@ -110,11 +112,14 @@ def open_split(folder: Path) -> Split:
             supervised=num_tokens - prompt_lengths,
             prompt_hashes=pa.chunked_array([batch["prompt_hash"] for batch in batches], pa.uint64()),
             id_hashes=pa.chunked_array([batch["id_hash"] for batch in batches], pa.uint64()),
+            truncated_tokens=pa.chunked_array([batch["truncated_tokens"] for batch in batches], pa.int32()),
             digest=metadata["digest"],
             truncated=metadata["truncated"],
             forms=metadata["forms"],
             invalid=[InvalidRecord(**fields) for fields in metadata["invalid"]],
             skipped=[InvalidRecord(**fields) for fields in metadata["skipped"]],
+            redacted=metadata.get("redacted", {}),
+            forgotten=[InvalidRecord(**fields) for fields in metadata["forgotten"]],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's own errors are ValueErrors
         raise InputError(
@@ -145,7 +150,7 @@ class ArrowSequence(LazySequence[Item]):
 
 
 def _read_example(batch: Any, row: int) -> Example:
-    values = {name: batch[name][row].as_py() for name in ("id", "prompt_length", "truncated", "location")}
+    values = {name: batch[name][row].as_py() for name in ("id", "prompt_length", "truncated_tokens", "location")}
     return Example(ids=batch["ids"][row].values.to_numpy().tolist(), **values)
 
 

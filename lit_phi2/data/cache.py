@@ -34,7 +34,7 @@ from lit_phi2.utils.locks import LockedError, file_lock
 log = logging.getLogger(__name__)
 
 MAX_IN_MEMORY_BYTES = 64 * 2**20  # size of the files; their examples take up to ten times as much memory
-CACHE_FORMAT = 3  # of the files in a cache, and of the records that are read from a source; part of the key
+CACHE_FORMAT = 4  # of the files in a cache, and of the records that are read from a source; part of the key
 KEY_FILE = "key.json"
 
 _COMPRESSED = (".gz", ".zst")

@@ -17,17 +17,16 @@ import numpy as np
 from lightning.pytorch.core.datamodule import LightningDataModule  # this module is typed for mypy (pyproject.toml)
 from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.audit.redaction import check_kinds
 from lit_phi2.data import arguments
-from lit_phi2.data.chat import TURNS
 from lit_phi2.data.collate import collate
-from lit_phi2.data.encode import ON_OVERLONG, token_budget
-from lit_phi2.data.load_split import load_split
+from lit_phi2.data.encode import token_budget
+from lit_phi2.data.load_split import load_split, read_training_records
 from lit_phi2.data.loaders import OrderedPrompts, ScheduleLoader, order_prompts
 from lit_phi2.data.overlap import drop_repeated, overlap_warnings, training_prompt_warnings
 from lit_phi2.data.packing import Array
-from lit_phi2.data.readers.encodings import check_encoding
 from lit_phi2.data.record_stream import StreamItem, stream_examples
-from lit_phi2.data.records import FieldNames, ReadOptions, Record, read_records
+from lit_phi2.data.records import FieldNames, ReadOptions, Record
 from lit_phi2.data.schedule import (
     BatchingConfig,
     MicroBatch,
@@ -40,7 +39,7 @@ from lit_phi2.data.schedule import (
 from lit_phi2.data.sources import expand_sources
 from lit_phi2.data.split_checks import check_prompts_fit, check_splits, truncation_warnings
 from lit_phi2.data.splits import Split
-from lit_phi2.errors import InputError
+from lit_phi2.data.without import check_found, read_without
 from lit_phi2.pretrained import load_tokenizer, read_model_config, resolve_base_model
 from lit_phi2.types import Batch, PromptBatch
 from lit_phi2.utils.constructors import keep_arguments
@@ -71,11 +70,15 @@ class ClaimsDataModule(LightningDataModule):
         max_length: tokens in an example, and in a packed row; EOS included.
         packing: put several examples into a row; they do not attend to each other.
         batch_size: rows in a micro-batch.
+        without: a file with one id a line; training and validation leave these records out.
         on_overlong: truncate, skip or error; truncate shortens the input section only.
         on_bad_record: error or skip; error lists every invalid record and stops, skip leaves them out and writes
             rejected.jsonl.
         cache_dir: folder for the tokens of large files; those above 64 MiB are stored, with their texts. null takes the
             folder cache in trainer.default_root_dir.
+        redact: kinds of identifiers to replace; all, or a list such as [ssn, npi]; placeholders take their places
+            before anything else is done.
+        redact_output: the same for samples and predictions alone.
         base: linked from model.base.
         max_new_tokens: linked from model.max_new_tokens.
         seed: linked from seed_everything.
@@ -98,28 +101,30 @@ class ClaimsDataModule(LightningDataModule):
         max_length: int = 512,
         packing: bool = True,
         batch_size: int = 1,
+        without: str | None = None,
         on_overlong: str = "truncate",
         on_bad_record: str = "error",
         cache_dir: str | None = None,
+        redact: str | list[str] | None = None,
+        redact_output: str | list[str] | None = None,
         base: str = "tiny",
         max_new_tokens: int = 256,
         seed: int = 42,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # predict with fewer batches than processes
-        arguments.check_choice(TURNS, turns=turns)
-        check_encoding(encoding)
+        arguments.check_reading(turns, encoding, on_overlong, on_bad_record)
         arguments.check_val_fraction(val_fraction, val_files)
         arguments.check_positive(max_length=max_length, batch_size=batch_size)
-        arguments.check_choice(ON_OVERLONG, on_overlong=on_overlong)
-        arguments.check_choice(("error", "skip"), on_bad_record=on_bad_record)
         self.files = {"train": train_files, "val": val_files, "test": test_files, "predict": predict_files}
         fields = FieldNames(instruction_field, input_field, response_field, id_field)
-        self.read_options = ReadOptions(fields, turns, encoding)
+        self.read_options = ReadOptions(fields, turns, encoding, redact=check_kinds(redact, "data.redact"))
+        self.output_kinds = frozenset(self.read_options.redact + check_kinds(redact_output, "data.redact_output"))
         self.val_fraction = val_fraction
         self.max_length = max_length
         self.packing = packing
         self.batch_size = batch_size
+        self.without = without
         self.on_overlong = on_overlong
         self.on_bad_record = on_bad_record
         self.cache_dir = cache_dir
@@ -161,7 +166,7 @@ class ClaimsDataModule(LightningDataModule):
             splits[name] = load_split(
                 name,
                 sources,
-                self.read_options,
+                self._options(name),
                 self.tokenizer,
                 max_length=budget,
                 on_overlong=self.on_overlong,
@@ -171,6 +176,8 @@ class ClaimsDataModule(LightningDataModule):
             warnings += [warning for warning in repeated if warning not in warnings]
         check_splits(splits, allow_invalid=self.on_bad_record == "skip", held_out=held_out)
         self.splits |= splits
+        if self.without and stage == "fit":
+            check_found(self.without, read_without(self.without), (self.splits["train"], self.splits["val"]))
         warnings += truncation_warnings(splits)
         return warnings + overlap_warnings(self.splits, new=names, held_out=held_out is not None)
 
@@ -222,10 +229,7 @@ class ClaimsDataModule(LightningDataModule):
         Raises:
             InputError: a source cannot be read, or none of its records is valid.
         """
-        sources, _ = self._sources("train")
-        records, invalid = read_records(sources, self.read_options, needs_response=True)
-        if not records:
-            raise InputError(f"{', '.join(sources)}: none of the records can be used. The first: {invalid[0]}")
+        records = read_training_records(self._sources("train")[0], self._options("train"))
         if "test" in self.splits and "train" not in self.splits:  # otherwise they were compared in setup
             for warning in training_prompt_warnings(records, self.splits["test"]):
                 log.warning(warning)
@@ -255,19 +259,11 @@ class ClaimsDataModule(LightningDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """The values that must be equal for a resumed run to be the same run; a message shows the keys."""
-        batching = self.batching()
         return {
             "train_data_digest": self.splits["train"].digest,
             "val_data_digest": self.splits["val"].digest,
-            "data.max_length": self.max_length,
-            "data.packing": self.packing,
-            "data.batch_size": self.batch_size,
             "seed_everything": self.seed,
-            # Not world_size: another number of processes with the same rows per step takes the same steps.
-            "rows_per_step": self.batch_size * batching.accumulate * batching.world_size,
-            "train_batches_all_ranks": (
-                batching.limit * batching.world_size if isinstance(batching.limit, int) else batching.limit
-            ),
+            **self.batching().fingerprint(),
         }
 
     def cache_folder(self) -> Path:
@@ -281,6 +277,11 @@ class ClaimsDataModule(LightningDataModule):
             split_name = "train"
         named = arguments.list_sources(split_name, self.files[split_name])
         return drop_repeated(expand_sources(named), f"data.{split_name}_files")
+
+    def _options(self, split_name: str) -> ReadOptions:
+        """How the records of a split are read; data.without concerns those that train or choose a checkpoint."""
+        without = read_without(self.without) if split_name in ("train", "val") else {}
+        return replace(self.read_options, without=tuple(sorted(without)))
 
     def _context(self) -> int:
         """Positions of the base."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.data.identity import content_digest
 from lit_phi2.data.invalid import InvalidRecord
 from lit_phi2.data.prompts import format_prompt
 from lit_phi2.data.records import Record
@@ -160,11 +161,14 @@ def _fit(
     if on_overlong == "truncate":
         truncated = _truncate_input(clipped, max_length - len(response), tokenizer)
         if truncated is not None:
-            return Example(record.id, truncated + response, len(truncated), truncated=True, location=record.location)
+            num_cut = len(prompt) - len(truncated)
+            return Example(record.id, truncated + response, len(truncated), num_cut, location=record.location)
     raw = {name: getattr(record, name) for name in ("id", "instruction", "input", "response")}
     at_least = "" if clipped is record else "at least "
     message = _overlong_message(at_least, len(prompt), len(response), max_length, on_overlong)
-    return InvalidRecord(record.location, message, json.dumps(raw, ensure_ascii=False))
+    content = content_digest(record.instruction, record.input, record.response)
+    text = json.dumps(raw, ensure_ascii=False)
+    return InvalidRecord(record.location, message, text, record_id=record.id, content=content)
 
 
 def _truncate_input(record: Record, token_budget: int, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -5,6 +5,7 @@
       facts            texts that a correct completion contains
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,8 @@ def read_groups(row: dict[str, Any]) -> dict[str, str]:
     for name, text in groups.items():
         if not is_valid_unicode(text):
             raise RecordError(f"field {name!r} {NOT_UNICODE}")
-    return {name: " ".join(text.split()) for name, text in groups.items()}  # a group becomes a row of a table
+    # A group becomes a row of a table. Few values are shared by all records, so each is kept in memory once.
+    return {name: sys.intern(" ".join(text.split())) for name, text in groups.items()}
 
 
 def _describe_item(fact: Any) -> str:

@@ -43,6 +43,9 @@ class InvalidRecord:
         message: what was found and what was expected, without a text of the record.
         raw: the text of the record, for rejected.jsonl.
         cause, once: as in RecordError.
+        record_id: where it is known; if `forgotten`, its digest.
+        content: digest of its texts (`identity.py`), where they are known.
+        forgotten: data.without names it; `raw` is then empty.
     """
 
     location: str
@@ -50,6 +53,9 @@ class InvalidRecord:
     raw: str
     cause: str = ""
     once: bool = False
+    record_id: str = ""
+    content: str = ""
+    forgotten: bool = False
 
     def __str__(self) -> str:
         return f"{self.location}: {self.message}"

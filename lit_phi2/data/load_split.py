@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from lit_phi2.data.cache import cache_key, is_large, load_or_build_cache
 from lit_phi2.data.encode import iter_examples
 from lit_phi2.data.invalid import InvalidRecord
-from lit_phi2.data.records import ReadOptions, iter_records
+from lit_phi2.data.records import ReadOptions, Record, iter_records, read_records
 from lit_phi2.data.splits import EncodeResult, Split, build_split, hold_out, separate_invalid
+from lit_phi2.errors import InputError
 
 
 def load_split(
@@ -64,3 +65,15 @@ def load_split(
     part = None if held_out is None else (split_name, held_out)
     key = cache_key(sources, tokenizer, reading=asdict(options), held_out=part, **record_options, **limits)
     return load_or_build_cache(sources, source, skip=skip, cache_dir=cache_dir, key=key)
+
+
+def read_training_records(sources: list[str], options: ReadOptions) -> list[Record]:
+    """The valid training records, as text.
+
+    Raises:
+        InputError: a source cannot be read, or none of its records is valid.
+    """
+    records, invalid = read_records(sources, options, needs_response=True)
+    if not records:
+        raise InputError(f"{', '.join(sources)}: none of the records can be used. The first: {invalid[0]}")
+    return records

@@ -9,8 +9,11 @@
     ### Response:
     The service is included in ...  (the response and EOS follow; the prompt ends with the newline)
 
-An adapter works only with the template that it was trained on: raise TEMPLATE_VERSION with every change here.
+An adapter works only with the template that it was trained on: raise TEMPLATE_VERSION with every change here. Every
+adapter also has TEMPLATE_DIGEST, so that a change without a new version is noticed.
 """
+
+import hashlib
 
 TEMPLATE_VERSION = 1  # saved with every adapter; an adapter with another version is refused
 INSTRUCTION_HEADER = "### Instruction:"
@@ -50,3 +53,8 @@ def find_template_header(text: str) -> str | None:
             if line.startswith(header):
                 return header
     return None
+
+
+# One with, and one without an input.
+_PROBES = format_prompt("instruction", "input"), format_prompt("instruction")
+TEMPLATE_DIGEST = hashlib.sha256("\0".join(_PROBES).encode()).hexdigest()[:16]

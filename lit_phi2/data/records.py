@@ -6,6 +6,8 @@
 Invalid records are collected and not raised, so that one pass over the data names them all. Messages contain field
 names and locations, and neither a text nor an id of a record: logs are shared more freely than claims.
 
+With data.redact, identifiers become placeholders here, so that nothing after this module sees them.
+
 This module loads neither torch nor transformers, so a file can be validated in a fraction of a second.
 """
 
@@ -15,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lit_phi2.audit.redaction import redact, redacted_id
 from lit_phi2.data.chat import TURNS
 from lit_phi2.data.duplicate_ids import DuplicateIdIndex, Position
 from lit_phi2.data.facts import Fact, read_facts, read_groups
@@ -29,6 +32,7 @@ from lit_phi2.data.formats import (
     possible_forms,
     read_texts,
 )
+from lit_phi2.data.identity import content_digest, id_digest, raw_digest
 from lit_phi2.data.invalid import InvalidRecord, RecordError, raise_invalid
 from lit_phi2.data.readers.files import split_ending
 from lit_phi2.data.readers.rows import UnparsableRow
@@ -56,11 +60,15 @@ class ReadOptions:
         fields: names of fields that the user gave.
         turns: which exchange of a conversation is the record; one of chat.TURNS.
         encoding: of text files; None is UTF-8, or UTF-16 by its byte order mark.
+        without: digests of the ids (`identity.py`) of records to leave out.
+        redact: kinds of identifiers that become placeholders, of identifiers.KINDS.
     """
 
     fields: FieldNames = FieldNames()  # noqa: RUF009  immutable
     turns: str = "error"
     encoding: str | None = None
+    without: tuple[str, ...] = ()
+    redact: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +81,9 @@ class Record:
         input: the document that the instruction refers to; empty if there is none.
         response: the text to learn; empty only in predict, where it is optional.
         location: `path:line`, for messages.
-        category, form: groups that test reports separately; empty if the record has none.
+        category, form: groups that test and audits report separately; empty if the record has none.
         facts: what test looks for in a completion; may be empty.
+        redacted: the kind of each placeholder that data.redact put in, as often as it did.
     """
 
     id: str
@@ -85,6 +94,7 @@ class Record:
     category: str = ""
     form: str = ""
     facts: tuple[Fact, ...] = ()
+    redacted: tuple[str, ...] = ()
 
 
 def read_records(
@@ -112,7 +122,7 @@ def iter_records(
         sources: paths of files, claims:SPLIT or hub:owner/name[:split].
         options: how rows become records.
         needs_response: whether a record without a response is invalid.
-        with_facts: also read category, form and facts, which only test uses.
+        with_facts: also read facts, which only test uses.
         forms: gets the name of each source's form when it is known.
 
     Raises:
@@ -131,15 +141,37 @@ def iter_records(
             if isinstance(row, dict):
                 field_names.update(row)
             record = reader.read(line, row)
-            if isinstance(record, Record) and (first_use := index.add(record.id, _position(number, line))):
+            first_use = index.add(record.id, _position(number, line)) if isinstance(record, Record) else None
+            if options.redact:
+                record = _redact(record, options.redact, f"{prefix}:{line}")
+            if first_use and isinstance(record, Record):
                 message = f"its id was already used at {first_use}; ids must be unique."
-                record = InvalidRecord(record.location, message, to_raw_json(row))
+                record = _invalid(record, message, "" if options.redact else to_raw_json(row))
             if reader.form and forms is not None:
                 forms[source] = reader.form.name
             yield record
         if line is None:
             raise InputError(f"{source}: is empty; expected at least one record.")
     _check_renamed_fields(options.fields, field_names)
+
+
+def _redact(record: Record | InvalidRecord, kinds: tuple[str, ...], default_id: str) -> Record | InvalidRecord:
+    """The record with placeholders for its identifiers; the default id in place of an id that holds one.
+
+    The text of an invalid record is left out: it may be in a form in which identifiers cannot be told apart.
+    """
+    if isinstance(record, InvalidRecord):
+        shown_id = record.record_id if record.forgotten else redacted_id(record.record_id, default_id, kinds)
+        return replace(record, raw="", record_id=shown_id)
+    facts = [text for fact in record.facts for text in (fact.text, fact.kind)]
+    given = [record.instruction, record.input, record.response, record.category, record.form, *facts]
+    (instruction, input, response, category, form, *facts), redacted = redact(given, kinds)
+    return Record(
+        redacted_id(record.id, default_id, kinds),
+        *(instruction, input, response, record.location, category, form),
+        tuple(Fact(*pair) for pair in zip(facts[::2], facts[1::2], strict=True)),
+        tuple(redacted),
+    )
 
 
 class _Reader:
@@ -153,6 +185,7 @@ class _Reader:
         self.needs_response = needs_response
         self.with_facts = with_facts
         self.default_id_prefix = default_id_prefix
+        self.without = frozenset(options.without)
         self.forms = possible_forms(options.fields)
         self.form: RecordForm | None = None
         self.form_line: int | str = 0
@@ -162,6 +195,8 @@ class _Reader:
         if isinstance(row, UnparsableRow):
             return InvalidRecord(location, row.message, row.raw, once=row.once)
         try:
+            if self.without and isinstance(row, dict) and (digest := id_digest(self._id(line, row))) in self.without:
+                return self._forgotten(location, row, digest)
             return self._read(line, row, location)
         except RecordError as error:
             return InvalidRecord(location, str(error), to_raw_json(row), error.cause, error.once)
@@ -170,9 +205,34 @@ class _Reader:
         if not isinstance(row, dict):
             raise RecordError(f"is {describe_kind(row)}; expected an object with the fields of a record.")
         texts = self._read_texts(line, row)
+        record = Record(self._id(line, row), *texts, location)
+        try:
+            groups = read_groups(row)
+        except RecordError:
+            if self.with_facts:
+                raise
+            groups = {}  # nothing but test needs them
+        if groups:
+            record = replace(record, category=groups.get("category", ""), form=groups.get("form", ""))
+        return replace(record, facts=read_facts(row)) if self.with_facts else record
+
+    def _id(self, line: int | str, row: dict[str, Any]) -> str:
         record_id = _read_id(row, self.options.fields.id or "id")
-        record = Record(f"{self.default_id_prefix}:{line}" if record_id is None else record_id, *texts, location)
-        return replace(record, **read_groups(row), facts=read_facts(row)) if self.with_facts else record
+        return f"{self.default_id_prefix}:{line}" if record_id is None else record_id
+
+    def _forgotten(self, location: str, row: dict[str, Any], digest: str) -> InvalidRecord:
+        """A record that data.without names; it must not decide the form of the file."""
+        try:
+            form = self.form or find_form(row, self.forms)
+            texts = read_texts(row, form, turns=self.options.turns, needs_response=False) if form else None
+        except RecordError:
+            texts = None
+        if texts:  # as the texts of every other record would be compared with it
+            content = content_digest(*redact(list(texts), self.options.redact).texts)
+        else:
+            content = raw_digest(to_raw_json(row))
+        message = "is left out by data.without."
+        return InvalidRecord(location, message, "", record_id=digest, content=content, forgotten=True)
 
     def _read_texts(self, line: int | str, row: dict[str, Any]) -> Texts:
         if self.form is None:
@@ -189,6 +249,12 @@ class _Reader:
                     f"{self.form_line}; put the records of each form in a file of their own."
                 )
         return read_texts(row, self.form, turns=self.options.turns, needs_response=self.needs_response)
+
+
+def _invalid(record: Record, message: str, raw: str) -> InvalidRecord:
+    """A record whose texts are known, and which cannot be used all the same."""
+    content = content_digest(record.instruction, record.input, record.response)
+    return InvalidRecord(record.location, message, raw, record_id=record.id, content=content)
 
 
 def _is_table(source: str) -> bool:

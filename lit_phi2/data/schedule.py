@@ -14,6 +14,7 @@ number of optimizer steps is therefore the whole position of a run.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,17 @@ class BatchingConfig:
     accumulate: int = 1
     world_size: int = 1
     limit: int | float | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The values that must be equal for a resumed run to be the same run; a message shows the keys."""
+        return {
+            "data.max_length": self.max_length,
+            "data.packing": self.packing,
+            "data.batch_size": self.batch_size,
+            # Not world_size: another number of processes with the same rows per step takes the same steps.
+            "rows_per_step": self.batch_size * self.accumulate * self.world_size,
+            "train_batches_all_ranks": self.limit * self.world_size if isinstance(self.limit, int) else self.limit,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +100,23 @@ def evaluation_schedule(lengths: Lengths, batching: BatchingConfig, *, rank: int
     permutation = np.arange(len(lengths))
     rows = pack(lengths, batching.max_length, permutation) if batching.packing else unpacked_rows(permutation)
     return Schedule(rows, np.arange(len(rows)), None, batching, (0, 0), rank)
+
+
+def steps_of_examples(
+    lengths: Lengths, supervised: Lengths, batching: BatchingConfig, *, seed: int, epoch: int
+) -> Array:
+    """(n,) int32: the optimizer step within an epoch, from 0, that each example is in; -1 for none.
+
+    The arguments are those of `training_schedule`; the result is the same for every rank.
+    """
+    schedule = training_schedule(lengths, supervised, batching, seed=seed, epoch=epoch)
+    rows_per_batch = batching.batch_size * batching.world_size
+    row_steps = np.empty(len(schedule.row_order), np.int32)
+    batches = np.arange(len(row_steps), dtype=np.int32) // rows_per_batch
+    row_steps[schedule.row_order] = np.where(batches < len(schedule), batches // batching.accumulate, -1)
+    steps = np.empty(len(lengths), np.int32)
+    steps[schedule.rows.indices] = np.repeat(row_steps, np.diff(schedule.rows.ends, prepend=0))
+    return steps
 
 
 class Schedule(LazySequence[MicroBatch]):

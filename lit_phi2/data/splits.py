@@ -13,6 +13,7 @@ together, and neither their order nor other records matter:
 import hashlib
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,11 +45,14 @@ class Split:
         supervised: (n,) int32, supervised tokens of each example.
         prompt_hashes: (n,) uint64, `prompt_hash` of each record; an array, or what np.asarray makes one from.
         id_hashes: (n,) uint64, `id_hash` of each record, in the same way.
+        truncated_tokens: (n,) int32, tokens that each input section lost, in the same way.
         digest: of every id, token and prompt length in order; equal for runs on the same data.
         truncated: number of examples whose input section was shortened.
         invalid: records that cannot be used.
         skipped: overlong records, if data.on_overlong is skip.
+        forgotten: records that data.without names.
         forms: the form of the records of each source, such as "messages"; none for a source without a known form.
+        redacted: how many placeholders of each kind data.redact put into the records.
         num_rows: rows in an epoch; None until they are counted.
     """
 
@@ -59,11 +63,14 @@ class Split:
     supervised: Array
     prompt_hashes: ArrayLike
     id_hashes: ArrayLike
+    truncated_tokens: ArrayLike
     digest: str
     truncated: int = 0
     invalid: list[InvalidRecord] = field(default_factory=list)
     skipped: list[InvalidRecord] = field(default_factory=list)
+    forgotten: list[InvalidRecord] = field(default_factory=list)
     forms: dict[str, str] = field(default_factory=dict)
+    redacted: dict[str, int] = field(default_factory=dict)
     num_rows: int | None = None
 
     @property
@@ -98,7 +105,9 @@ class SplitBuilder:
         self.forms: dict[str, str] = {}
         self.lengths, self.supervised = array("i"), array("i")
         self.prompt_hashes, self.id_hashes = array("Q"), array("Q")
+        self.truncated_tokens = array("i")
         self.truncated = 0
+        self.redacted: Counter[str] = Counter()
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[tuple[Record, Example]]:
@@ -110,13 +119,17 @@ class SplitBuilder:
             self.supervised.append(example.supervised_tokens)
             self.prompt_hashes.append(prompt_hash(record))
             self.id_hashes.append(id_hash(record))
+            self.truncated_tokens.append(example.truncated_tokens)
             self.truncated += example.truncated
+            self.redacted.update(record.redacted)
             self._digest.update(f"{len(example.id)} {example.id} {example.prompt_length} {len(example.ids)} ".encode())
             self._digest.update(array("i", example.ids).tobytes())
             yield record, example
 
     def build(self, sources: list[str], examples: Sequence[Example], records: Sequence[Record]) -> Split:
-        invalid, skipped = (self.invalid, self.overlong) if self.skip else (self.invalid + self.overlong, [])
+        invalid = [record for record in self.invalid if not record.forgotten]
+        forgotten = [record for record in self.invalid if record.forgotten]
+        invalid, skipped = (invalid, self.overlong) if self.skip else (invalid + self.overlong, [])
         return Split(
             sources,
             examples,
@@ -125,11 +138,14 @@ class SplitBuilder:
             np.array(self.supervised, np.int32),
             np.array(self.prompt_hashes, np.uint64),
             np.array(self.id_hashes, np.uint64),
+            np.array(self.truncated_tokens, np.int32),
             self._digest.hexdigest()[:16],
             self.truncated,
             invalid,
             skipped,
+            forgotten,
             self.forms,
+            dict(self.redacted),
         )
 
 

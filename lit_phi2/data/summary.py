@@ -74,9 +74,20 @@ def _split_report(split_name: str, split: Split, data: ClaimsDataModule) -> str:
         ("left out", f"{len(split.left_out):,} ({len(split.left_out) / total:.1%})"),
         ("rows", f"{rows:,} of up to {data.max_length} tokens, {num_tokens / (rows * data.max_length):.1%} full"),
     ]
+    if data.read_options.redact:
+        lines.insert(-1, ("redacted", _describe_redacted(split.redacted)))
     body = "\n".join(f"  {name:<18} {value}" for name, value in lines)
     left_out = "".join(f"\n  left out: {line}" for line in describe_invalid(split.left_out))
     return f"{split_name}  {_describe_files(split)}\n{body}{left_out}"
+
+
+def _describe_redacted(counts: dict[str, int]) -> str:
+    """
+    >>> _describe_redacted({"ssn": 2, "claim_number": 1040})
+    '1,042: claim_number 1,040, ssn 2'
+    """
+    kinds = [f"{kind} {counts[kind]:,}" for kind in sorted(counts, key=lambda kind: -counts[kind])]
+    return f"{sum(counts.values()):,}" + (f": {', '.join(kinds)}" if kinds else "")
 
 
 def _describe_files(split: Split) -> str:

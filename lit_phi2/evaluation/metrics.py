@@ -5,8 +5,12 @@
     fact recall       fraction of a record's facts that the completion contains; records without facts do not count
     facts KIND        the same, over the facts of one kind; form FORM and category CATEGORY: over the records of one
     ROUGE-L           longest common subsequence of words with the reference, as F1 (Lin 2004)
+    chrF              F2 of character n-grams with the reference (Popovic 2015)
     length ratio      words of the completions per word of the references
     repeated 8-gram   fraction of completions that contain the same eight words in a row twice
+    empty, echo       fraction of completions without a word, and of those that begin with a copy of the prompt
+    unsupported KIND  fraction of completions with an amount, date or identifier that prompt and reference lack
+    GROUP: METRIC     chrF and the four fractions over the records of one form or category
 
 Facts are matched as text, so a completion may word everything else freely. A completion over MAX_LENGTH_RATIO times the
 length of the reference matches no fact; otherwise one that lists every possible fact would score highest.
@@ -19,12 +23,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lit_phi2.data.records import Fact, Record
+from lit_phi2.evaluation.faithfulness import VALUE_KINDS, unsupported_values
 
 MAX_LENGTH_RATIO = 1.5  # characters of a completion per character of its reference
 
 NUM_BOOTSTRAP = 1000
 
-NGRAM = 8  # words
+NGRAM = 8  # words, of a repetition and of an echo
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +51,38 @@ class CompletionScores:
         rouge_l: F1 in [0, 1].
         num_words: words in the completion.
         has_repeated_ngram: the same eight words in a row occur twice.
+        chrf: in [0, 1].
+        is_empty: without a word.
+        is_echo: begins with eight words in a row of the prompt, or with all of a shorter one.
+        unsupported: number of values of each kind in faithfulness.VALUE_KINDS.
     """
 
     facts_matched: list[bool]
     rouge_l: float
     num_words: int
     has_repeated_ngram: bool
+    chrf: float
+    is_empty: bool
+    is_echo: bool
+    unsupported: dict[str, int]
 
 
 def score_completions(records: Sequence[Record], completions: Sequence[str]) -> list[CompletionScores]:
     """Score each completion against its record."""
-    rouge_l = _rouge_l(completions, [record.response for record in records])
+    references = [record.response for record in records]
+    rouge_l, chrf = _rouge_l(completions, references), _chrf(completions, references)
     return [
         CompletionScores(
             facts_matched=match_facts(record.facts, completion, record.response),
             rouge_l=f1,
             num_words=len(completion.split()),
             has_repeated_ngram=has_repeated_ngram(completion),
+            chrf=f2,
+            is_empty=not completion.split(),
+            is_echo=is_echo(completion, f"{record.instruction} {record.input}"),
+            unsupported=unsupported_values(completion, (record.instruction, record.input, record.response)),
         )
-        for record, completion, f1 in zip(records, completions, rouge_l, strict=True)
+        for record, completion, f1, f2 in zip(records, completions, rouge_l, chrf, strict=True)
     ]
 
 
@@ -94,6 +112,17 @@ def has_repeated_ngram(text: str) -> bool:
     return any(count > 1 for count in ngrams.values())
 
 
+def is_echo(completion: str, prompt: str) -> bool:
+    """Whether a completion begins with eight words in a row of the prompt, or with all words of a shorter one.
+
+    >>> is_echo("why was it denied? It was late.", "Why was it denied?"), is_echo("It was late.", "Why was it denied?")
+    (True, False)
+    """
+    words, prompt_words = normalize(completion).split()[:NGRAM], normalize(prompt).split()
+    words = words[: len(prompt_words)]
+    return len(words) == min(NGRAM, len(prompt_words)) and f" {' '.join(words)} " in f" {' '.join(prompt_words)} "
+
+
 def normalize(text: str) -> str:
     """The text in one case, with single spaces.
 
@@ -107,11 +136,37 @@ def summarize(records: Sequence[Record], scores: Sequence[CompletionScores]) -> 
     """Metric name -> its mean over the records it is defined for, in the order of the table's rows."""
     rows = {name: bootstrap(recalls) for name, recalls in _fact_recalls(records, scores).items()}
     rows["ROUGE-L"] = bootstrap([score.rouge_l for score in scores])
+    rows["chrF"] = bootstrap([score.chrf for score in scores])
     # Divided by the mean length and not by each reference's, so that the mean is a ratio of totals.
     mean_reference_words = sum(len(record.response.split()) for record in records) / len(records)
     rows["length ratio"] = bootstrap([score.num_words / mean_reference_words for score in scores])
     rows["repeated 8-gram"] = bootstrap([float(score.has_repeated_ngram) for score in scores])
+    rows |= _faults(scores)
+    for group, members in _groups(records, scores).items():
+        metrics = {"chrF": bootstrap([score.chrf for score in members]), **_faults(members)}
+        rows |= {f"{group}: {name}": interval for name, interval in metrics.items()}
     return rows
+
+
+def _faults(scores: Sequence[CompletionScores]) -> dict[str, Interval]:
+    """The fractions of completions that are empty, copy the prompt, or have values that nothing supports."""
+    rows = {
+        "empty": bootstrap([float(score.is_empty) for score in scores]),
+        "echo": bootstrap([float(score.is_echo) for score in scores]),
+    }
+    for kind in VALUE_KINDS:
+        rows[f"unsupported {kind}"] = bootstrap([float(score.unsupported[kind] > 0) for score in scores])
+    return rows
+
+
+def _groups(records: Sequence[Record], scores: Sequence[CompletionScores]) -> dict[str, list[CompletionScores]]:
+    """The scores of each form and category, by the name of their rows."""
+    groups: dict[str, list[CompletionScores]] = {}
+    for kind in ("form", "category"):
+        for name in sorted({getattr(record, kind) for record in records} - {""}):
+            pairs = zip(records, scores, strict=True)
+            groups[f"{kind} {name}"] = [score for record, score in pairs if getattr(record, kind) == name]
+    return groups
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
@@ -151,10 +206,8 @@ def _fact_recalls(records: Sequence[Record], scores: Sequence[CompletionScores])
     add("fact recall", (score.facts_matched for score in scores))
     for kind in sorted({fact.kind for record in records for fact in record.facts}):
         add(f"facts {kind}", (_matches_of_kind(kind, record, score) for record, score in pairs))
-    for form in sorted({record.form for record in records} - {""}):
-        add(f"form {form}", (score.facts_matched for record, score in pairs if record.form == form))
-    for category in sorted({record.category for record in records} - {""}):
-        add(f"category {category}", (score.facts_matched for record, score in pairs if record.category == category))
+    for group, members in _groups(records, scores).items():
+        add(group, (score.facts_matched for score in members))
     return recalls
 
 
@@ -170,3 +223,15 @@ def _rouge_l(completions: Sequence[str], references: Sequence[str]) -> list[floa
         float(rouge_score(completion, reference, rouge_keys="rougeL")["rougeL_fmeasure"]) if completion.split() else 0.0
         for completion, reference in zip(completions, references, strict=True)
     ]
+
+
+def _chrf(completions: Sequence[str], references: Sequence[str]) -> list[float]:
+    from torchmetrics.functional.text import chrf_score
+
+    if not completions:
+        return []
+    # n_word_order 0 is chrF; torchmetrics' default is chrF++.
+    _, scores = chrf_score(
+        completions, [[reference] for reference in references], n_word_order=0, return_sentence_level_score=True
+    )
+    return [float(score) for score in scores]

@@ -18,7 +18,17 @@ from io import StringIO
 from lit_phi2.evaluation.metrics import Interval
 from lit_phi2.utils.console import escape_control_chars
 
+_GROUP_ROW = re.compile(r"(form|category) .*: (chrF|empty|echo|unsupported \w+)\Z", re.DOTALL)
+
 Table = dict[str, dict[str, Interval]]  # system -> metric -> interval
+
+
+def without_groups(columns: Table) -> Table:
+    """The table without the rows that repeat a metric for one form or category; `test_metrics.json` has them."""
+    return {
+        name: {metric: interval for metric, interval in rows.items() if not _GROUP_ROW.match(metric)}
+        for name, rows in columns.items()
+    }
 
 
 def format_table(columns: Table) -> str:

@@ -12,6 +12,7 @@ mlx            adapters.safetensors, adapter_config.json; a copy of the base whe
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,20 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.adapters.adapter import Adapter, check_adapter, with_base_name
 from lit_phi2.adapters.peft_format import save_adapter
+from lit_phi2.audit.provenance import (
+    PROVENANCE_FILE,
+    adapter_predicate,
+    is_local,
+    safetensors_metadata,
+    versions,
+    write_provenance,
+)
+from lit_phi2.audit.signing import SIGNATURE_FILE, check_private_key, sign_folder
 from lit_phi2.base_config import CONFIG_FILE
 from lit_phi2.base_digest import check_unchanged
 from lit_phi2.errors import InputError
-from lit_phi2.export.card import CardFacts, model_card, versions
+from lit_phi2.export.card import CardFacts, model_card
+from lit_phi2.export.card import versions as runtime_versions
 from lit_phi2.export.checks import Check, Exported, check_exported
 from lit_phi2.export.commands import (
     CONVERTED_BASE,
@@ -75,6 +86,8 @@ class ExportPlan:
         output_dir: becomes the export.
         weights: of the base, with the adapter merged.
         tokenizer: of the base.
+        predicate: its provenance.
+        sign: the private key that signs the export; None for no signature.
     """
 
     adapter: Adapter | None
@@ -84,10 +97,20 @@ class ExportPlan:
     output_dir: Path
     weights: ModelWeights
     tokenizer: PreTrainedTokenizerBase
+    predicate: Mapping[str, Any]
+    sign: Path | None
 
 
 def plan_export(
-    adapter: Adapter | None, base: BaseModel, output_dir: Path, *, format: str, dtype: str | None, source: str
+    adapter: Adapter | None,
+    base: BaseModel,
+    output_dir: Path,
+    *,
+    format: str,
+    dtype: str | None,
+    source: str,
+    predicate: Mapping[str, Any] | None = None,
+    sign: Path | None = None,
 ) -> ExportPlan:
     """Check everything about an export that is known before a model is loaded.
 
@@ -98,9 +121,11 @@ def plan_export(
         format: a key of FORMATS.
         dtype: None for the format's default.
         source: where the adapter comes from, for messages.
+        predicate: its provenance; None has what the adapter itself says.
+        sign: a private key that signs the export.
 
     Raises:
-        InputError: the format, the dtype, the folder, or the adapter on this base cannot be used.
+        InputError: the format, the dtype, the folder, the key, or the adapter on this base cannot be used.
     """
     if format not in FORMATS:
         raise InputError(f"--format {format}: is unknown; expected one of {', '.join(FORMATS)}.")
@@ -119,7 +144,11 @@ def plan_export(
         import_gguf()
     if format == "mlx":
         check_mlx_base(weights)
-    return ExportPlan(adapter, base, format, dtype, output_dir, weights, tokenizer)
+    if sign is not None:
+        check_private_key(sign)
+    predicate = dict(predicate or adapter_predicate(adapter, base.fingerprint()))
+    predicate["export"] = {"format": format, "dtype": dtype, "versions": versions()}
+    return ExportPlan(adapter, base, format, dtype, output_dir, weights, tokenizer, predicate, sign)
 
 
 def export(plan: ExportPlan, reference: Reference | None, facts: CardFacts) -> Check:
@@ -155,10 +184,10 @@ def export(plan: ExportPlan, reference: Reference | None, facts: CardFacts) -> C
 
 
 def _write(plan: ExportPlan, folder: Path) -> None:
-    num_layers = plan.weights.config.num_hidden_layers
+    num_layers, provenance = plan.weights.config.num_hidden_layers, safetensors_metadata(plan.predicate)
     if plan.format == "merged":
         with write_progress(plan.weights, plan.dtype) as progress:
-            write_merged(plan.weights, plan.tokenizer, folder, getattr(torch, plan.dtype), progress)
+            write_merged(plan.weights, plan.tokenizer, folder, getattr(torch, plan.dtype), progress, provenance)
     elif plan.format == "gguf-merged":
         with write_progress(plan.weights, plan.dtype) as progress:
             write_gguf_model(plan.weights, plan.tokenizer, folder / gguf_model_file(plan.dtype), plan.dtype, progress)
@@ -168,14 +197,14 @@ def _write(plan: ExportPlan, folder: Path) -> None:
     if plan.adapter is None:
         return
     if plan.format == "peft":
-        save_adapter(plan.adapter, folder)
+        save_adapter(plan.adapter, folder, provenance)
     elif plan.format == "gguf":
         write_gguf_adapter(plan.adapter, num_layers, folder / GGUF_ADAPTER_FILE)
         comment = base_gguf_help(_base_path(plan, public=True), "base.gguf, beside this file")
         comment += "\nThen: ollama create NAME -f Modelfile"
         _write_modelfile(folder, "./base.gguf", f"./{GGUF_ADAPTER_FILE}", comment)
     elif plan.format == "mlx":
-        write_mlx_adapter(plan.adapter, num_layers, folder)
+        write_mlx_adapter(plan.adapter, num_layers, folder, provenance)
         write_base_copy(plan.base, plan.tokenizer, folder)
 
 
@@ -185,7 +214,7 @@ def _write_modelfile(folder: Path, model: str, adapter: str | None, comment: str
 
 
 def _describe(plan: ExportPlan, folder: Path, check: Check, facts: CardFacts) -> None:
-    """Write README.md and, last, export.json."""
+    """Write README.md, export.json, provenance.json and, last, the signature over all files."""
     # An export is made to be given away: it names the base by hub id or folder name, and no path of this machine.
     fingerprints: dict[str, Any] = {**plan.base.fingerprint(), "base": plan.base.public_name}
     fingerprints["adapter_digest"] = None if plan.adapter is None else adapter_digest(plan.adapter)
@@ -199,16 +228,23 @@ def _describe(plan: ExportPlan, folder: Path, check: Check, facts: CardFacts) ->
         load=_command(plan, plan.output_dir.name, public=True),
         facts=facts,
     )
+    written = {path.name for path in folder.iterdir()} | {"README.md", PROVENANCE_FILE}
     report = {
         "format": plan.format,
         "dtype": plan.dtype,
         "fingerprints": fingerprints,
         "check": {"method": check.method, "summary": check.summary} | (asdict(check.parity) if check.parity else {}),
-        "versions": versions(),
-        "files": sorted({path.name for path in folder.iterdir()} | {"README.md"}),
+        "versions": runtime_versions(),
+        "files": sorted(written | {SIGNATURE_FILE} if plan.sign else written),
     }
     (folder / "README.md").write_text(card, "utf-8")
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    write_provenance(folder, plan.predicate, [name for name in files if not is_local(name)])
+    if plan.sign is not None:
+        for name in filter(is_local, files):
+            (folder / name).unlink(missing_ok=True)
+        sign_folder(folder, plan.sign)
 
 
 def _command(plan: ExportPlan, folder: str, *, public: bool = False) -> str:

@@ -18,7 +18,8 @@ from lit_phi2.utils.json_objects import read_json_object
 from lit_phi2.utils.locks import file_lock
 
 REPORT_FILE = "export.json"
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json", "lit_phi2.json")  # of `fit`, which writes no report
+# Of `fit`, which writes no report.
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json", "lit_phi2.json", "provenance.json")
 
 
 def check_output_dir(folder: Path) -> None:

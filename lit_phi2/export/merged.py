@@ -37,6 +37,7 @@ def write_merged(
     folder: Path,
     dtype: torch.dtype | None,
     progress: Callable[[int], None] = lambda num_bytes: None,
+    provenance: Mapping[str, str] = {},
 ) -> None:
     """Write a model in Hugging Face form.
 
@@ -46,9 +47,10 @@ def write_merged(
         folder: exists.
         dtype: of the files; None keeps the dtype in which the base is saved.
         progress: called with the bytes of each tensor.
+        provenance: for the metadata of the safetensors files.
     """
     dtype = dtype or weights.saved_dtype
-    _write_shards(weights, folder, dtype, progress)
+    _write_shards(weights, folder, dtype, progress, provenance)
     _write_json(folder / "config.json", merged_config(weights, tokenizer, dtype))
     generation = {**_token_ids(tokenizer), "do_sample": False, "transformers_version": transformers.__version__}
     _write_json(folder / "generation_config.json", generation)
@@ -109,13 +111,19 @@ def shard_names(shapes: dict[str, torch.Size], element_bytes: int) -> dict[str, 
     return {name: f"model-{i + 1:05d}-of-{shard + 1:05d}.safetensors" for name, i in shard_of.items()}
 
 
-def _write_shards(weights: ModelWeights, folder: Path, dtype: torch.dtype, progress: Callable[[int], None]) -> None:
+def _write_shards(
+    weights: ModelWeights,
+    folder: Path,
+    dtype: torch.dtype,
+    progress: Callable[[int], None],
+    provenance: Mapping[str, str],
+) -> None:
     shards = shard_names(weights.shapes, dtype.itemsize)
     tensors = iter(weights)
     for shard in dict.fromkeys(shards.values()):
         shapes = {name: shape for name, shape in weights.shapes.items() if shards[name] == shard}
         with (folder / shard).open("wb") as file:
-            file.write(_safetensors_header(shapes, dtype))
+            file.write(_safetensors_header(shapes, dtype, provenance))
             for name, weight in islice(tensors, len(shapes)):  # in the order of the shapes
                 rounded = round_to(weight, dtype, name)
                 file.write(rounded.reshape(-1).view(torch.uint8).numpy().data)
@@ -126,12 +134,12 @@ def _write_shards(weights: ModelWeights, folder: Path, dtype: torch.dtype, progr
         _write_json(folder / _INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(shards.items()))})
 
 
-def _safetensors_header(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
+def _safetensors_header(shapes: Mapping[str, torch.Size], dtype: torch.dtype, provenance: Mapping[str, str]) -> bytes:
     """What precedes the tensors: the package safetensors writes whole files only, from memory.
 
     Format: https://github.com/huggingface/safetensors#format
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **provenance}}
     offset = 0
     for name, shape in shapes.items():
         end = offset + shape.numel() * dtype.itemsize

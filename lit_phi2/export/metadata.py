@@ -27,9 +27,11 @@ _METADATA = {
     "target_modules": TEXTS,
     "use_rslora": one_of(True, False),
     "template_version": integer(0, 2**31 - 1),
+    "template_digest": TEXT,
     "num_layers": _POSITIVE,
     "weights_digest": TEXT,
 }
+_LATER = {"use_rslora", "template_digest"}  # older exports have none
 
 
 def lora_scale(settings: LoraSettings) -> float:
@@ -52,6 +54,7 @@ def adapter_metadata(adapter: Adapter, num_layers: int) -> dict[str, Any]:
         "target_modules": list(settings.target_modules),
         "use_rslora": settings.use_rslora,
         "template_version": adapter.template_version,
+        "template_digest": adapter.template_digest,
         "num_layers": num_layers,
         "weights_digest": adapter_digest(adapter),
     }
@@ -65,7 +68,7 @@ def check_metadata(values: Any, *, source: str) -> dict[str, Any]:
     """
     if not isinstance(values, dict):
         raise InputError(f"{source}: its lit_phi2 metadata is {describe(values)}; expected an object.")
-    check_values(values, _METADATA, source=f"{source}: lit_phi2 metadata", required=_METADATA.keys() - {"use_rslora"})
+    check_values(values, _METADATA, source=f"{source}: lit_phi2 metadata", required=_METADATA.keys() - _LATER)
     return values
 
 
@@ -88,6 +91,7 @@ def adapter_from_metadata(metadata: Mapping[str, Any], hf_weights: Mapping[str, 
         settings=settings,
         base={key: metadata[key] for key in _BASE_KEYS},
         template_version=metadata["template_version"],
+        template_digest=metadata.get("template_digest", ""),
     )
     if _is_power_of_two(lora_scale(settings)):
         digest = adapter_digest(adapter)

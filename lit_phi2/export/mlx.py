@@ -8,12 +8,13 @@ with both forms is written beside the adapter, and for one without num_key_value
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.adapters.adapter import Adapter
+from lit_phi2.adapters.peft_format import save_tensors
 from lit_phi2.base_config import CONFIG_FILE
 from lit_phi2.errors import InputError
 from lit_phi2.export.imports import MLX_CONFIG_FILE, MLX_KEY, MLX_WEIGHTS_FILE
@@ -30,7 +31,7 @@ _MLX_DEFAULTS = {"partial_rotary_factor": 0.4, "rope_theta": 10000.0, "num_key_v
 _GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # the same function
 
 
-def write_mlx_adapter(adapter: Adapter, num_layers: int, folder: Path) -> None:
+def write_mlx_adapter(adapter: Adapter, num_layers: int, folder: Path, provenance: Mapping[str, str] = {}) -> None:
     """Write the adapter; its weights are float32, transposed and otherwise as they are."""
     pairs, settings = lora_pairs(adapter), adapter.settings
     scale = lora_scale(settings)
@@ -49,7 +50,7 @@ def write_mlx_adapter(adapter: Adapter, num_layers: int, folder: Path) -> None:
         },
         MLX_KEY: adapter_metadata(adapter, num_layers),
     }
-    (folder / MLX_WEIGHTS_FILE).write_bytes(save(tensors, {"format": "mlx"}))
+    (folder / MLX_WEIGHTS_FILE).write_bytes(save_tensors(tensors, {"format": "mlx", **provenance}))
     (folder / MLX_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 

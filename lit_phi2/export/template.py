@@ -9,9 +9,13 @@ A record with an input section is the message "Why?\n\n### Input:\nCode 97". The
 and one response, without a system role: the text of a system message is put in front of the next instruction.
 """
 
-import hashlib
-
-from lit_phi2.data.prompts import INPUT_HEADER, INSTRUCTION_HEADER, RESPONSE_HEADER, TEMPLATE_VERSION, format_prompt
+from lit_phi2.data.prompts import (
+    INPUT_HEADER,
+    INSTRUCTION_HEADER,
+    RESPONSE_HEADER,
+    TEMPLATE_DIGEST,
+    TEMPLATE_VERSION,
+)
 
 _CHAT_TEMPLATE = (
     "{%- set system = namespace(text='') -%}"
@@ -48,6 +52,5 @@ def stop_texts() -> list[str]:
 
 
 def template_fingerprint() -> dict[str, str | int]:
-    """Which template an export has: its version, and the SHA-256 of a prompt with every section."""
-    prompt = format_prompt("instruction", "input")
-    return {"template_version": TEMPLATE_VERSION, "template_digest": hashlib.sha256(prompt.encode()).hexdigest()[:16]}
+    """Which template an export has: its version, and a digest of its prompts."""
+    return {"template_version": TEMPLATE_VERSION, "template_digest": TEMPLATE_DIGEST}

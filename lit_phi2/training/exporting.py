@@ -1,5 +1,6 @@
-"""Exporting: what the running model says to held-out prompts, and what the model card tells of the run.
+"""Exporting: the plan of an export, what the running model says to held-out prompts, and what the card tells.
 
+    --ckpt_path            ->  adapter, its provenance                                              ->  ExportPlan
     val_files, --check 8   ->  8 prompts, spread over the records  ->  model loaded, run, released  ->  Reference
     folder of the run      ->  config.yaml, test_metrics.json, numbers of records                   ->  CardFacts
 
@@ -16,20 +17,65 @@ from typing import Any
 import torch
 import yaml
 
+from lit_phi2.adapters.adapter import Adapter
+from lit_phi2.adapters.checkpoint import read_adapter, read_checkpoint
+from lit_phi2.audit.provenance import (
+    adapter_predicate,
+    check_provenance,
+    provenance_folders,
+    read_statement,
+    run_predicate,
+)
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts
-from lit_phi2.export.exporter import ExportPlan
+from lit_phi2.export.exporter import ExportPlan, plan_export
 from lit_phi2.export.parity import CHECK_TOKENS, MAX_PROMPTS, Reference, run_reference
 from lit_phi2.model.device import choose_dtype
 from lit_phi2.model.loading import num_parameters
 from lit_phi2.model.lora import add_lora, load_adapter_state_dict
 from lit_phi2.model.streaming import load_streamed_phi2
-from lit_phi2.utils.paths import run_dir_of
+from lit_phi2.pretrained import BaseModel
+from lit_phi2.utils.paths import GGUF_SUFFIX, run_dir_of
 
 log = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val")
+
+
+def plan_checkpoint_export(
+    ckpt_path: str | None, base: BaseModel, folder: Path, *, format: str, dtype: str | None, sign: Path | None
+) -> ExportPlan:
+    """Check everything about an export that is known before a model is loaded.
+
+    Args:
+        ckpt_path: a checkpoint or an adapter; None exports the base alone.
+        base: of the adapter.
+        folder: --output_dir.
+        format: --format.
+        dtype: --dtype.
+        sign: --sign.
+
+    Raises:
+        InputError: the checkpoint changed since its provenance was written; see also `plan_export`.
+    """
+    adapter, predicate = None, None
+    if ckpt_path is None:
+        log.info("no --ckpt_path: the base alone is exported, without an adapter")
+    else:
+        adapter = read_adapter(Path(ckpt_path))  # whose messages about a damaged file say more
+        check_provenance(*provenance_folders(Path(ckpt_path)))
+        predicate = _source_predicate(Path(ckpt_path), adapter)
+    source = f"--ckpt_path {ckpt_path}"
+    return plan_export(adapter, base, folder, format=format, dtype=dtype, source=source, predicate=predicate, sign=sign)
+
+
+def _source_predicate(ckpt_path: Path, adapter: Adapter) -> dict[str, Any]:
+    """The provenance of a checkpoint or an adapter: that of its run, that beside it, or what it says itself."""
+    if ckpt_path.is_file() and ckpt_path.suffix != GGUF_SUFFIX:
+        return run_predicate(read_checkpoint(ckpt_path)[1], run_dir_of(ckpt_path))
+    statement = read_statement(ckpt_path if ckpt_path.is_dir() else ckpt_path.parent)
+    return dict(statement["predicate"]) if statement else adapter_predicate(adapter, adapter.base)
 
 
 def held_out_prompts(datamodule: ClaimsDataModule, count: int, max_positions: int) -> list[list[int]]:

@@ -16,8 +16,9 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lit_phi2.adapters.checkpoint import read_checkpoint
+from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance
 from lit_phi2.data.datamodule import ClaimsDataModule
-from lit_phi2.errors import InputError
+from lit_phi2.errors import InputError, RunInterrupted
 from lit_phi2.training.callbacks.checkpoint import NOTHING_SAVED, AdapterCheckpoint, AtomicCheckpointIO, stop_message
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
@@ -26,6 +27,7 @@ from lit_phi2.training.callbacks.samples import SampleWriter, truncate_samples
 from lit_phi2.training.callbacks.signals import SignalHandlers
 from lit_phi2.training.callbacks.throughput import Throughput
 from lit_phi2.training.draft_index import write_draft_index
+from lit_phi2.training.ledger import open_ledger, write_fit_ledger
 from lit_phi2.training.limits import check_limits
 from lit_phi2.training.loops import new_loops
 from lit_phi2.training.module import LitPhi2
@@ -77,6 +79,7 @@ class FitTrainer(pl.Trainer):
         enable_progress: trainer.enable_progress_bar.
         checkpoint_every_n_steps: checkpoint.every_n_steps.
         checkpoint_every_minutes: checkpoint.every_minutes.
+        config_run: the folder of the run whose config.yaml this one has; None for another config.
         run_dir: of the last fit.
     """
 
@@ -84,6 +87,7 @@ class FitTrainer(pl.Trainer):
     run_config = ""
     checkpoint_every_n_steps: int | None = None
     checkpoint_every_minutes: float | None = 5.0
+    config_run: Path | None = None
     run_dir: Path | None = None
     num_sanity_val_steps: float
     loggers: list[Any]
@@ -135,13 +139,22 @@ class FitTrainer(pl.Trainer):
         """Train in a folder that no other fit writes to."""
         resumed = self._read_resumed(ckpt_path)  # again: the fit that held the lock may have written it since
         self.write_rejected(datamodule, run_dir)
+        open_ledger(self, run_dir, self.config_run)
+        if self.is_global_zero:
+            check_provenance(run_dir)
+            (run_dir / PROVENANCE_FILE).unlink(missing_ok=True)  # written again with the adapter
         checkpoints = self._add_run_outputs(run_dir, resumed)
         self.run_dir = run_dir
         if model.drafts and self.is_global_zero:
             model.draft_index = write_draft_index(run_dir, datamodule.splits["train"].examples)
         # A resumed run has the step-0 baseline in its event file.
         self.num_sanity_val_steps = 0 if resumed else self._num_sanity_val_steps
-        super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        try:
+            super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        except RunInterrupted:
+            write_fit_ledger(self, run_dir)
+            raise
+        write_fit_ledger(self, run_dir)
         if self.global_step < model.total_steps():
             log.info("stopped early, after step %d of %d", self.global_step, model.total_steps())
         if checkpoints is not None:

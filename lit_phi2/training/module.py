@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lit_phi2.adapters.adapter import check_adapter
 from lit_phi2.adapters.checkpoint import adapter_to_state, check_checkpoint
+from lit_phi2.audit.provenance import versions
 from lit_phi2.model.device import check_dtype
 from lit_phi2.model.lora import LoraSettings, load_adapter_state_dict, trainable_parameters
 from lit_phi2.model.loss import Loss, causal_lm_loss
@@ -258,6 +259,7 @@ class LitPhi2(AdapterModule):
             "run": self.run_fingerprint(),
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             "environment": describe_environment(self.device),
+            "versions": versions(),
         }
         checkpoint["digest"] = tree_digest(checkpoint)  # Lightning calls this hook last, so it covers everything
 

@@ -4,15 +4,18 @@
     that and a Record  ->  {"id", "instruction", "input", "reference", "completion", ...}
     all of them        ->  30 completions, 2,114 tokens (555 tokens/s), 1 (3.3 %) stopped at model.max_new_tokens
 
-What predict, test and standard output say of completions comes from here, so it is the same everywhere.
+What predict, test and standard output say of completions comes from here, so it is the same everywhere. Identifiers of
+the kinds that data.redact_output names become placeholders here: in the completion first, which is stored before its
+record is added, and then in the record.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.audit.redaction import redact, redacted_id
 from lit_phi2.data.records import Record
 from lit_phi2.generation.engine import Completion
 from lit_phi2.generation.repetition import ends_in_cycle
@@ -37,22 +40,41 @@ def describe_end(completion: Completion) -> dict[str, Any]:
     return end | ({"repeats": True} if repeats else {})
 
 
-def to_prediction(record: Record, example: Example, output: Mapping[str, Any]) -> dict[str, Any]:
+def redact_output(record: Record, output: Mapping[str, Any], kinds: Collection[str]) -> dict[str, Any]:
+    """An output of `to_output` with placeholders in its completion; a value of the record has the record's.
+
+    Args:
+        record: that was completed.
+        output: of `to_output`.
+        kinds: of identifiers.
+    """
+    return {**output, "completion": redact([*_texts(record), output["completion"]], kinds).texts[-1]}
+
+
+def to_prediction(
+    record: Record, example: Example, output: Mapping[str, Any], kinds: Collection[str] = ()
+) -> dict[str, Any]:
     """A line of predictions.jsonl.
 
     Args:
         record: `reference` is written only if it has a response.
         example: `truncated` is written only if the prompt was shortened.
-        output: of `to_output`.
+        output: of `to_output`; with kinds, of `redact_output`.
+        kinds: of identifiers that are written as placeholders.
     """
+    instruction, input, reference = redact(_texts(record), kinds).texts
     return {
-        "id": record.id,
-        "instruction": record.instruction,
-        "input": record.input,
-        **({"reference": record.response} if record.response else {}),
+        "id": redacted_id(record.id, record.location, kinds),
+        "instruction": instruction,
+        "input": input,
+        **({"reference": reference} if reference else {}),
         **{name: output[name] for name in ("completion", "finish_reason", "new_tokens")},
         **({"truncated": True} if example.truncated else {}),
     }
+
+
+def _texts(record: Record) -> list[str]:
+    return [record.instruction, record.input, record.response]
 
 
 @dataclass

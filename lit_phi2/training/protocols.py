@@ -1,7 +1,7 @@
 """TrainingData: what the model, the callbacks and the Trainer use of the data module.
 
     LitPhi2       base, max_new_tokens, seed, batching, steps_per_epoch, num_training_batches, fingerprint
-    callbacks     splits, tokenizer, prompt_batches, pending
+    callbacks     splits, tokenizer, prompt_batches, pending, output_kinds
     Trainer       splits, tokenizer, base, max_length, training_records
 
 Lightning types `trainer.datamodule` as Any; `training_data(trainer)` gives it this type, so that mypy checks every use.
@@ -26,6 +26,7 @@ class TrainingData(Protocol):
     max_length: int
     max_new_tokens: int
     seed: int
+    output_kinds: frozenset[str]  # of identifiers that samples and predictions show as placeholders
 
     @property
     def splits(self) -> dict[str, Split]:

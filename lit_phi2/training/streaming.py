@@ -1,6 +1,6 @@
 """Streaming: answers on standard output while they are generated; nothing is written to disk.
 
-    --instruction "Why ..."    one completion, token by token
+    --instruction "Why ..."    one completion, token by token; as a whole where identifiers become placeholders
     --output -                 one JSON object a record, in the order of the input, each as soon as all before it ended
     --data.predict_files -     records from standard input, answered while more are read (with --output -)
 
@@ -9,11 +9,12 @@ Everything else, progress and figures, is on standard error.
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_phi2.audit.redaction import redact
 from lit_phi2.data.invalid import MAX_SHOWN, InvalidRecord, raise_invalid
 from lit_phi2.data.record_stream import StreamItem
 from lit_phi2.data.records import Record
@@ -23,7 +24,7 @@ from lit_phi2.generation.repetition import ends_in_cycle
 from lit_phi2.generation.streaming import stream_completion
 from lit_phi2.training.completion_progress import CompletionProgress
 from lit_phi2.training.output_files import to_line
-from lit_phi2.training.outputs import CompletionSummary, to_output, to_prediction
+from lit_phi2.training.outputs import CompletionSummary, redact_output, to_output, to_prediction
 from lit_phi2.types import Example
 from lit_phi2.utils.arrivals import arrivals
 from lit_phi2.utils.console import write_text
@@ -31,10 +32,27 @@ from lit_phi2.utils.console import write_text
 log = logging.getLogger(__name__)
 
 
-def print_completion(engine: Engine, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a completion to standard output as it grows, and its figures to standard error."""
-    streamed = stream_completion(engine, prompt, tokenizer, write_text)
-    write_text("\n")
+def print_completion(
+    engine: Engine,
+    prompt: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    question: Sequence[str] = (),
+    kinds: Collection[str] = (),
+) -> None:
+    """Write a completion to standard output as it grows, and its figures to standard error.
+
+    Args:
+        engine: without other prompts.
+        prompt: token ids.
+        tokenizer: of the base.
+        question: the texts of the prompt, whose identifiers have the same placeholders in the completion.
+        kinds: of identifiers that are written as placeholders.
+    """
+    pieces: list[str] = []
+    # Where an identifier ends, and whether it is one, is known only from what follows it.
+    streamed = stream_completion(engine, prompt, tokenizer, pieces.append if kinds else write_text)
+    write_text(redact([*question, "".join(pieces)], kinds).texts[-1] + "\n")
     log.info("%s", streamed.describe())
     if streamed.completion.finish_reason == "length" and ends_in_cycle(streamed.completion.ids):
         log.warning("It repeats itself up to model.max_new_tokens: train longer, or on more records.")
@@ -47,6 +65,7 @@ def print_predictions(
     *,
     total: int | None,
     skip_invalid: bool,
+    kinds: Collection[str] = (),
     show_progress: bool,
 ) -> None:
     """Write a line of JSON for every record to standard output.
@@ -57,13 +76,14 @@ def print_predictions(
         tokenizer: of the base.
         total: records of the source; None if that is not known.
         skip_invalid: leave invalid records out; otherwise the first ends the stream, after the answers to those before.
+        kinds: of identifiers that are written as placeholders.
         show_progress: on standard error; never where standard output is the same terminal.
 
     Raises:
         InputError: a record is invalid.
         BrokenPipeError: nobody reads standard output any more.
     """
-    stream = _RecordStream(engine, source, tokenizer, skip_invalid=skip_invalid)
+    stream = _RecordStream(engine, source, tokenizer, skip_invalid=skip_invalid, kinds=kinds)
     progress = CompletionProgress("completed", total, enabled=show_progress and not sys.stdout.isatty())
     summary = CompletionSummary()
     try:
@@ -89,11 +109,13 @@ class _RecordStream:
         tokenizer: PreTrainedTokenizerBase,
         *,
         skip_invalid: bool,
+        kinds: Collection[str],
     ) -> None:
         self.engine = engine
         self.source = source
         self.tokenizer = tokenizer
         self.skip_invalid = skip_invalid
+        self.kinds = kinds
         self.pending: dict[int, tuple[Record, Example]] = {}  # by number, in order; until their predictions are out
         self.num_invalid = 0
         self.fatal: InvalidRecord | None = None
@@ -105,8 +127,9 @@ class _RecordStream:
         for number, completion in feed(self.engine, self._prompts()):
             ended[number] = to_output(number, completion, self.tokenizer)
             while following in ended:
-                output = ended.pop(following)
-                yield to_prediction(*self.pending.pop(following), output), output
+                record, example = self.pending.pop(following)
+                output = redact_output(record, ended.pop(following), self.kinds)
+                yield to_prediction(record, example, output, self.kinds), output
                 following += 1
 
     def report_invalid(self) -> None:

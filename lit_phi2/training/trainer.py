@@ -1,9 +1,11 @@
-"""Trainer: Lightning's, with a folder for every run, and the subcommands inspect and export.
+"""Trainer: Lightning's, with a folder for every run, and all subcommands.
 
     fit         check the data -> open a folder -> validate the base -> steps -> best adapter in PEFT form
     validate    metrics on val_files             test      metrics on test_files, and its completions scored
     predict     predictions, or one completion   inspect   statistics of the data, without a model
     export      the adapter of a checkpoint for another runtime, checked there
+    audit       suspect records by path:line; how far records of train can be told from others
+    verify      files, base, data and signature against provenance.json; records against the ledger
 
 The CLI makes its flags from the signatures of these methods, and its help from their docstrings.
 """
@@ -12,19 +14,20 @@ import json
 import logging
 from pathlib import Path
 
-from lit_phi2.adapters.checkpoint import read_adapter
+from lit_phi2.audit.redaction import redact
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.summary import report
 from lit_phi2.errors import IncompleteError, InputError
-from lit_phi2.evaluation.table import format_table, metric_name, to_dict
-from lit_phi2.export.exporter import export, plan_export
+from lit_phi2.evaluation.table import format_table, metric_name, to_dict, without_groups
+from lit_phi2.export.exporter import export
 from lit_phi2.pretrained import load_tokenizer, resolve_base_model
+from lit_phi2.training.audit_trainer import AuditTrainer
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.callbacks.throughput import Throughput
 from lit_phi2.training.draft_index import find_draft_index
-from lit_phi2.training.exporting import card_facts, held_out_prompts, run_and_release
-from lit_phi2.training.fit import FitTrainer
+from lit_phi2.training.exporting import card_facts, held_out_prompts, plan_checkpoint_export, run_and_release
+from lit_phi2.training.ledger import write_test_ledger
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.output_files import STDOUT, check_format, check_streams, reads_stdin
 from lit_phi2.training.protocols import tokenizer_of
@@ -33,7 +36,7 @@ from lit_phi2.training.scoring import score_test_completions
 from lit_phi2.training.streaming import print_completion, print_predictions
 from lit_phi2.utils.console import print_text
 from lit_phi2.utils.files import atomic_write
-from lit_phi2.utils.paths import expand_user, run_dir_of
+from lit_phi2.utils.paths import expand_user
 from lit_phi2.utils.signals import stop_request
 
 log = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ STOPPED = {
 }
 
 
-class Trainer(FitTrainer):
+class Trainer(AuditTrainer):
     """Lightning's Trainer, with our defaults, a folder for every run and more subcommands."""
 
     def validate(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None = None) -> None:
@@ -98,14 +101,15 @@ class Trainer(FitTrainer):
         if self._is_limited(self.limit_test_batches, len(datamodule.test_dataloader())):
             file = partial_file(file)
         table = score_test_completions(collector.completions, datamodule, max_completions)
-        for name, interval in next(iter(table.values()), {}).items():
+        for name, interval in next(iter(without_groups(table).values()), {}).items():
             if not name.startswith("category "):  # categories are in the table and in the file
                 metrics[metric_name(name)] = interval.mean
         self._print_metrics(metrics)
         if table:
-            print_text("\n" + format_table(table))
+            print_text("\n" + format_table(without_groups(table)))
         atomic_write(file, json.dumps(metrics | {"completions": to_dict(table)}, indent=2) + "\n")
         log.info("test metrics: %s", file)
+        write_test_ledger(self, file.parent)
 
     def predict(
         self,
@@ -153,7 +157,8 @@ class Trainer(FitTrainer):
         self.write_rejected(datamodule, file.parent)
         split = datamodule.splits["predict"]
         fingerprint = {**model.generation_fingerprint(), "prompts": split.digest}
-        writer = PredictionWriter(file, fingerprint, show_progress=self.enable_progress)
+        kinds, show_progress = datamodule.output_kinds, self.enable_progress
+        writer = PredictionWriter(file, fingerprint, kinds=kinds, show_progress=show_progress)
         datamodule.completed = writer.read_completed()
         self.callbacks.append(writer)
         if len(datamodule.pending()):
@@ -176,10 +181,13 @@ class Trainer(FitTrainer):
         """Complete one instruction on standard output."""
         self._prepare_streaming(model, datamodule, ckpt_path, "stopped.")
         if self.is_global_zero:
-            prompt = model.encode_question(question)
+            # As a record: the model was trained on placeholders.
+            texts = redact(list(question.values()), datamodule.read_options.redact).texts
+            prompt = model.encode_question(dict(zip(question, texts, strict=True)))
             self._find_drafts(model, datamodule, ckpt_path, 1)
             model.load_for_answers()
-            print_completion(model.new_engine(expected_prompts=1), prompt, load_tokenizer(model.checked.model))
+            engine, tokenizer = model.new_engine(expected_prompts=1), load_tokenizer(model.checked.model)
+            print_completion(engine, prompt, tokenizer, question=texts, kinds=datamodule.output_kinds)
 
     def _predict_to_stdout(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None) -> None:
         """Complete the records on standard output; those of standard input while more are read."""
@@ -201,6 +209,7 @@ class Trainer(FitTrainer):
             tokenizer_of(datamodule),
             total=total,
             skip_invalid=datamodule.on_bad_record == "skip",
+            kinds=datamodule.output_kinds,
             show_progress=self.enable_progress,
         )
 
@@ -225,6 +234,7 @@ class Trainer(FitTrainer):
         format: str = "peft",
         dtype: str | None = None,
         check: int = 8,
+        sign: str | None = None,
     ) -> None:
         """Write an adapter, or the merged model, for another runtime, and check it there.
 
@@ -236,6 +246,7 @@ class Trainer(FitTrainer):
             format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
             dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
             check: prompts of val_files to compare on, 64 at most; 0 checks nothing.
+            sign: a private key that signs the export; every file of it.
         """
         if check < 0:
             raise InputError(f"--check {check}: is less than 0; expected a number of prompts.")
@@ -244,10 +255,9 @@ class Trainer(FitTrainer):
         stop_request.message = STOPPED["export"]
         ckpt_path = self.find(ckpt_path)
         folder = expand_user(output_dir, "--output_dir")
-        adapter, base = read_adapter(Path(ckpt_path)) if ckpt_path else None, resolve_base_model(model.base)
-        if adapter is None:
-            log.info("no --ckpt_path: the base alone is exported, without an adapter")
-        plan = plan_export(adapter, base, folder, format=format, dtype=dtype, source=f"--ckpt_path {ckpt_path}")
+        key = expand_user(sign, "--sign") if sign else None
+        base = resolve_base_model(model.base)
+        plan = plan_checkpoint_export(ckpt_path, base, folder, format=format, dtype=dtype, sign=key)
         datamodule.trainer, reference = self, None
         if check > 0:
             prompts = held_out_prompts(datamodule, check, plan.weights.config.max_position_embeddings)
@@ -260,12 +270,6 @@ class Trainer(FitTrainer):
             reason = error.strerror or str(error)
             raise IncompleteError(f"{error.filename or folder}: {reason}. Nothing was exported.") from error
 
-    def output_dir_for(self, ckpt_path: str | None) -> Path:
-        """The folder that a subcommand other than fit writes to; without a checkpoint, that of this Trainer's fit."""
-        if ckpt_path:
-            return run_dir_of(Path(ckpt_path))
-        return self.run_dir or Path(self.default_root_dir) / self.run_name / "base"
-
     # Steps that subcommands share
 
     def _prepare_evaluation(
@@ -273,7 +277,7 @@ class Trainer(FitTrainer):
     ) -> None:
         """Use the adapter of a checkpoint, and check model and data; the CLI has given the model the adapter before."""
         stop_request.message = STOPPED[stage]
-        self._use_adapter(model, ckpt_path)
+        self.use_adapter(model, ckpt_path)
         self.prepare(stage, model, datamodule)
         if stage != "predict":  # which shows records, and not batches
             self.show_progress(Throughput())
@@ -283,14 +287,10 @@ class Trainer(FitTrainer):
     ) -> None:
         """Use the adapter of a checkpoint, and check the model, before anything is read or loaded."""
         stop_request.message = stop_message
-        self._use_adapter(model, ckpt_path)
+        self.use_adapter(model, ckpt_path)
         datamodule.trainer = model.trainer = self
         model.check()
         model.check_data(datamodule)
-
-    def _use_adapter(self, model: LitPhi2, ckpt_path: str | None) -> None:
-        if ckpt_path is not None and (model.adapter != ckpt_path or model.phi is not None):
-            model.load_adapter(ckpt_path)
 
     def _find_drafts(
         self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None, num_prompts: int | None

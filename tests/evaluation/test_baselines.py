@@ -16,7 +16,9 @@ NewRecord = Callable[..., Record]
 def test_without_facts_there_are_all_rows_but_recall(new_record: NewRecord) -> None:
     records = [new_record("some words", form="explain", category="bundling")]
     columns = compare_with_baselines(records, {"base": (["some"], [True])}, records)
-    others = ["ROUGE-L", "length ratio", "repeated 8-gram"]
+    faults = ["empty", "echo", "unsupported amounts", "unsupported dates", "unsupported identifiers"]
+    others = ["ROUGE-L", "chrF", "length ratio", "repeated 8-gram", *faults]
+    others += [f"{group}: {name}" for group in ("form explain", "category bundling") for name in ("chrF", *faults)]
     assert {name: list(rows) for name, rows in columns.items()} == {
         "base": [*others, "eos_rate"],
         "copy_prompt": others,

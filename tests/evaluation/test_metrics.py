@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -130,13 +131,47 @@ def test_recall_by_kind_counts_only_facts_of_that_kind(recalls: Recalls) -> None
 
 def test_recall_by_form_and_category_counts_only_their_records(recalls: Recalls) -> None:
     """By hand: explain (2/3 + 1) / 2, draft 0; bundling (2/3 + 0) / 2, timely filing 1."""
-    by_group = {name: value for name, value in recalls.items() if name.startswith(("form ", "category "))}
+    groups = ("form ", "category ")
+    by_group = {name: value for name, value in recalls.items() if name.startswith(groups) and ": " not in name}
     assert by_group == {
         "form draft": (0.0, 1),
         "form explain": (pytest.approx(5 / 6), 2),
         "category bundling": (pytest.approx(1 / 3), 2),
         "category timely filing": (1.0, 1),
     }
+
+
+def test_faults_are_fractions_over_all_records_and_each_group(new_record: NewRecord) -> None:
+    """By hand: the first is empty, the second begins with its prompt, the third has an amount from nowhere."""
+    instruction = "Why was the claim of last spring denied again?"
+    texts = [("draft", ""), ("draft", f"{instruction} Because."), ("explain", "You owe $12.00.")]
+    records = [new_record("Because.", instruction=instruction, form=form) for form, _ in texts]
+    rows = summarize(records, score_completions(records, [text for _, text in texts]))
+    faults = {name: row.mean for name, row in rows.items() if name in ("empty", "echo", "unsupported amounts")}
+    assert faults == {name: pytest.approx(1 / 3) for name in ("empty", "echo", "unsupported amounts")}
+    assert (rows["form draft: empty"].mean, rows["form explain: empty"].mean) == (0.5, 0.0)
+    assert (rows["form draft: echo"].mean, rows["form explain: unsupported amounts"].mean) == (0.5, 1.0)
+    assert rows["form draft: echo"].low < 0.5 < rows["form draft: echo"].high
+    assert rows["unsupported dates"].mean == rows["unsupported identifiers"].mean == 0.0
+
+
+def test_chrf_is_the_f2_of_character_ngrams(new_record: NewRecord) -> None:
+    """Reference: its definition (Popovic 2015) with a counter of n-grams; torchmetrics adds 1e-16 to denominators."""
+    completion, reference = "the claim was denyed", "the claims were denied"
+
+    def ngrams(text: str, n: int) -> Counter[str]:
+        text = text.replace(" ", "")
+        return Counter(text[start : start + n] for start in range(len(text) - n + 1))
+
+    precision, recall = [], []
+    for n in range(1, 7):
+        first, second = ngrams(completion, n), ngrams(reference, n)
+        matches = (first & second).total()
+        precision.append(matches / first.total())
+        recall.append(matches / second.total())
+    scores = [5 * p * r / (4 * p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True)]
+    score = score_completions([new_record(reference)], [completion])[0].chrf
+    assert score == pytest.approx(sum(scores) / 6, abs=1e-6)
 
 
 def test_a_record_without_facts_counts_except_in_recall(

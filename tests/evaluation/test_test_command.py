@@ -116,9 +116,14 @@ def test_without_a_checkpoint_the_base_and_baselines_are_scored(
     columns = metrics.pop("completions")
     assert list(columns) == ["base", "copy_prompt", "nearest"]
     names = {"fact recall", "facts copied", "facts known", "form explain", "category odd"}  # "even" has no facts
-    names |= {"ROUGE-L", "length ratio", "repeated 8-gram"}
-    assert set(columns["base"]) == names | {"eos_rate"}
-    assert set(columns["copy_prompt"]) == set(columns["nearest"]) == names
+    faults = {"empty", "echo", "unsupported amounts", "unsupported dates", "unsupported identifiers"}
+    names |= {"ROUGE-L", "chrF", "length ratio", "repeated 8-gram", *faults}
+    groups = ("form explain", "category odd", "category even")
+    in_file = names | {f"{group}: {name}" for group in groups for name in ("chrF", *faults)}
+    assert set(columns["base"]) == in_file | {"eos_rate"}
+    assert set(columns["copy_prompt"]) == set(columns["nearest"]) == in_file
+    assert columns["copy_prompt"]["echo"]["mean"] == 1.0
+    columns["base"] = {name: cell for name, cell in columns["base"].items() if name in {*names, "eos_rate"}}
     assert columns["copy_prompt"]["facts copied"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "records": 6}
     assert columns["copy_prompt"]["fact recall"]["mean"] == 0.5
     assert columns["nearest"]["ROUGE-L"]["mean"] == pytest.approx(1.0)
@@ -309,7 +314,8 @@ def test_records_without_facts_get_every_other_metric(
     path = write_jsonl(record_rows)
     run_test(tmp_path, new_model(phi_dir), path, path)
     rows = metrics_of(tmp_path / "run" / "base")["completions"]["base"]
-    assert list(rows) == ["ROUGE-L", "length ratio", "repeated 8-gram", "eos_rate"]
+    faults = ["empty", "echo", "unsupported amounts", "unsupported dates", "unsupported identifiers"]
+    assert list(rows) == ["ROUGE-L", "chrF", "length ratio", "repeated 8-gram", *faults, "eos_rate"]
 
 
 @pytest.mark.parametrize("content", [None, '{"instruction": "Why?"}\n'])

@@ -146,6 +146,7 @@ def test_a_foreign_adapter_is_used_on_the_configured_base(
     adapter = tmp_path / f"adapter_{claims is None}_{len(claims or '')}"
     shutil.copytree(run / "adapter", adapter)
     (adapter / "lit_phi2.json").unlink()
+    (adapter / "provenance.json").unlink()
     edit_json(adapter / "adapter_config.json", "base_model_name_or_path", claims)
     assert main([*arguments("predict", adapter), f"--model.base={base}"]) == 0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "nothing shows which base" in line)
@@ -163,6 +164,7 @@ def test_an_exported_foreign_adapter_stays_unverified(
     adapter = tmp_path / "foreign"
     shutil.copytree(run / "adapter", adapter)
     (adapter / "lit_phi2.json").unlink()
+    (adapter / "provenance.json").unlink()
     edit_json(adapter / "adapter_config.json", "base_model_name_or_path", "somebody/phi")
     assert main([*arguments("export", adapter), f"--model.base={base}"]) == 0
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name
@@ -176,6 +178,7 @@ def test_the_name_of_a_base_is_escaped_on_terminals(
     adapter = tmp_path / "nasty"
     shutil.copytree(run / "adapter", adapter)
     (adapter / "lit_phi2.json").unlink()
+    (adapter / "provenance.json").unlink()
     edit_json(adapter / "adapter_config.json", "base_model_name_or_path", nasty)
     assert main([*arguments("predict", adapter), f"--model.base={base}"]) == 0
     printed = capsys.readouterr().err

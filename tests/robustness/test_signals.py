@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from forked_acts import Act
 from forked_runs import run, start
+from helpers import digest_of_tensors
 from lit_phi2.adapters.checkpoint import read_checkpoint
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -111,7 +112,7 @@ def outcome(root: Path) -> dict[str, object]:
     curves = ("train/loss", "train/grad_norm", "lr", "val/loss", "val/perplexity")
     texts = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")]
     return {
-        "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "adapter": digest_of_tensors(folder / "adapter" / "adapter_model.safetensors"),
         "samples": (folder / "samples.jsonl").read_bytes(),
         "curves": {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in curves},
         "texts": {tag: [event.step for event in events.Tensors(tag)] for tag in sorted(texts)},

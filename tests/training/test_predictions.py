@@ -29,7 +29,7 @@ WORK = {"model": "m", "prompts": "p"}
 def split() -> Any:
     """Six records, r0 to r5; the prompt of r2 was shortened."""
     records = [Record(f"r{n}", "Why?", "", "", f"records.jsonl:{n + 1}") for n in range(6)]
-    examples = [Example(f"r{n}", [1, 2], 2, truncated=n == 2) for n in range(6)]
+    examples = [Example(f"r{n}", [1, 2], 2, truncated_tokens=int(n == 2)) for n in range(6)]
     return SimpleNamespace(records=records, examples=examples)
 
 

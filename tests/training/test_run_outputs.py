@@ -42,6 +42,9 @@ def test_a_run_writes_scalars_samples_checkpoints_and_adapter(
         "checkpoints",
         "config.yaml",
         "drafts.npz",
+        "ledger.parquet",
+        "ledger_key.json",
+        "provenance.json",
         "samples.jsonl",
         next(folder.glob("events.out.tfevents*")).name,
     }

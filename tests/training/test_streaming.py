@@ -79,6 +79,21 @@ def test_no_control_character_reaches_a_terminal(
     assert file.buffer.getvalue().decode() == text + "\n"  # type: ignore[attr-defined]
 
 
+def test_identifiers_are_placeholders_before_they_are_written(
+    tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the number that the value has in the question."""
+    text = " Of CLM-2024-00099, as CLM-2024-00017."
+    print_completion(
+        ScriptedEngine(encode(tokenizer, text)),  # type: ignore[arg-type]
+        [1],
+        tokenizer,
+        question=["Why CLM-2024-00017?", ""],
+        kinds=["claim_number"],
+    )
+    assert capsys.readouterr().out == " Of [CLAIM_NUMBER_2], as [CLAIM_NUMBER_1].\n"
+
+
 @pytest.mark.parametrize(
     ("text", "reason", "expected"),
     [

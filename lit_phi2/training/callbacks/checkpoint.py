@@ -25,8 +25,16 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_phi2.adapters.checkpoint import read_adapter
-from lit_phi2.adapters.peft_format import save_adapter
+from lit_phi2.adapters.checkpoint import read_checkpoint
+from lit_phi2.adapters.peft_format import ADAPTER_FILES, save_adapter
+from lit_phi2.audit.ledger import LEDGER_FILE
+from lit_phi2.audit.provenance import (
+    CONFIG_FILE,
+    adapter_predicate,
+    run_predicate,
+    safetensors_metadata,
+    write_provenance,
+)
 from lit_phi2.errors import RunInterrupted
 from lit_phi2.utils.console import shell_command
 from lit_phi2.utils.files import atomic_write
@@ -145,15 +153,24 @@ class AdapterCheckpoint(Checkpoint):
         stop_request.deferred = False
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the best adapter in PEFT form; fit calls this last.
+        """Write the best adapter in PEFT form, and the provenance of the run; fit calls this last.
 
         Not a hook: a run killed in here resumes with all steps taken, and Lightning then calls no training hook.
         """
         if not trainer.is_global_zero:
             return
         source = self.best if self.best.is_file() else self.last
-        adapter = read_adapter(source) if source.is_file() else pl_module.trained_adapter()
-        save_adapter(adapter, self.folder / "adapter")
+        if source.is_file():
+            adapter, checkpoint = read_checkpoint(source)
+            predicate = run_predicate(checkpoint, self.folder)
+        else:
+            adapter = pl_module.trained_adapter()
+            predicate = adapter_predicate(adapter, adapter.base)
+        save_adapter(adapter, self.folder / "adapter", safetensors_metadata(predicate))
+        write_provenance(self.folder / "adapter", predicate, ADAPTER_FILES)
+        names = [f"adapter/{name}" for name in ADAPTER_FILES]
+        others = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", CONFIG_FILE, LEDGER_FILE)
+        write_provenance(self.folder, predicate, [*names, *(name for name in others if (self.folder / name).is_file())])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         stop_request.deferred = False

@@ -1,7 +1,7 @@
 """PredictionWriter: one object a record, in the order of the input.
 
     predictions.jsonl.<work>.part<rank>    {"index", "completion", "finish_reason", "new_tokens"}, in the order in which
-                                           completions end; <work> is a hash of model and prompts
+                                           completions end; <work> is a hash of model, prompts and redaction
     predictions.jsonl                      {"id", "instruction", "input", "reference", "completion", "finish_reason",
                                            "new_tokens", "truncated"}; or .csv, .parquet (`output_files.py`)
 
@@ -11,14 +11,13 @@ the same work. Those of other work belong to another predict and stay.
 """
 
 import contextlib
-import functools
 import glob
 import hashlib
 import json
 import logging
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ from lit_phi2.data.splits import Split
 from lit_phi2.errors import IncompleteError
 from lit_phi2.training.completion_progress import CompletionProgress
 from lit_phi2.training.output_files import write_predictions
-from lit_phi2.training.outputs import CompletionSummary, to_prediction
-from lit_phi2.training.protocols import num_pending
+from lit_phi2.training.outputs import CompletionSummary, redact_output, to_prediction
+from lit_phi2.training.protocols import num_pending, training_data
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +43,7 @@ class PredictionWriter(Callback):
     Args:
         file: to write, replaced if it exists; its ending gives the format.
         fingerprint: everything that decides the completions: model and prompts.
+        kinds: of identifiers that are written as placeholders, in both files.
         show_progress: whether rank 0 shows how many of its records are completed.
 
     Attributes:
@@ -51,9 +51,13 @@ class PredictionWriter(Callback):
         seconds: that this predict generated for.
     """
 
-    def __init__(self, file: Path, fingerprint: dict[str, Any], *, show_progress: bool = True) -> None:
+    def __init__(
+        self, file: Path, fingerprint: dict[str, Any], *, kinds: Collection[str] = (), show_progress: bool = True
+    ) -> None:
         self.file = file
-        self.work = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+        self.kinds = kinds
+        work = fingerprint | ({"redacted": sorted(kinds)} if kinds else {})
+        self.work = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
         self.show_progress = show_progress
         self.summary = CompletionSummary()
         self.earlier_tokens = 0  # of completions that this predict found
@@ -78,7 +82,12 @@ class PredictionWriter(Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_name(f"{self.file.name}.{self.work}.part{trainer.global_rank}")
-        pl_module.on_completion = functools.partial(self.append, part)
+        records = training_data(trainer).splits["predict"].records
+
+        def write(output: dict[str, Any]) -> None:
+            self.append(part, redact_output(records[output["index"]], output, self.kinds) if self.kinds else output)
+
+        pl_module.on_completion = write
         total = int(min(num_pending(trainer), trainer.num_predict_batches[0] * PROMPTS_PER_BATCH))
         what = "completed" if trainer.world_size == 1 else f"completed by process 0 of {trainer.world_size}"
         shown = self.show_progress and trainer.is_global_zero
@@ -149,7 +158,7 @@ class PredictionWriter(Callback):
                 files[number].seek(offset)
                 completion = json.loads(files[number].readline())
                 self.summary.add(completion)
-                yield to_prediction(split.records[index], split.examples[index], completion)
+                yield to_prediction(split.records[index], split.examples[index], completion, self.kinds)
         finally:
             for file in files:
                 file.close()

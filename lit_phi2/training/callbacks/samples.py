@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_phi2.audit.redaction import redact, redacted_id
 from lit_phi2.errors import RunInterrupted
 from lit_phi2.generation.engine import Completion
 from lit_phi2.training.protocols import tokenizer_of, training_data
@@ -72,12 +73,14 @@ class SampleWriter(Callback):
         self.due_step = None
         with self.file.open("ab") as file:
             for index, (example, completion) in enumerate(zip(examples, completions, strict=True)):
-                sample = {
+                prompt = tokenizer.decode(example.ids[: example.prompt_length])
+                texts = [str(prompt), split.records[index].response, str(tokenizer.decode(completion.ids))]
+                sample: dict[str, object] = {
                     "step": step,
-                    "id": example.id,
-                    "prompt": tokenizer.decode(example.ids[: example.prompt_length]),
-                    "reference": split.records[index].response,
-                    "completion": tokenizer.decode(completion.ids),
+                    "id": redacted_id(example.id, example.location, data.output_kinds),
+                    **dict(
+                        zip(("prompt", "reference", "completion"), redact(texts, data.output_kinds).texts, strict=True)
+                    ),
                     "finish_reason": completion.finish_reason,
                 }
                 file.write(_to_line(sample).encode())

@@ -1,0 +1,1 @@
+"""What a model learned of single records, and what must not reach it."""

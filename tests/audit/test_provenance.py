@@ -1,0 +1,201 @@
+"""provenance.json: what it says of a run and an export, and that a changed byte is refused and named."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from audit.conftest import RUN
+from lit_phi2.cli.main import main
+
+CONFIG = str(RUN / "config.yaml")
+
+
+def change_byte(file: Path, old: bytes = b"", new: bytes = b"") -> None:
+    """Replace one byte: the first of `old` by `new`, or the last of the file by another one."""
+    content = file.read_bytes()
+    assert len(old) == len(new)
+    changed = content.replace(old, new, 1) if old else content[:-1] + bytes([content[-1] ^ 1])
+    assert sum(a != b for a, b in zip(content, changed, strict=True)) == 1
+    file.write_bytes(changed)
+
+
+def change_base_config() -> None:
+    change_byte(Path("base/config.json"), b"10000.0", b"20000.0")
+
+
+def change_tokenizer() -> None:
+    change_byte(Path("base/tokenizer.json"), b"\n", b" ")
+
+
+def change_weights() -> None:
+    change_byte(Path("base/model.safetensors"))
+
+
+def change_adapter() -> None:
+    for kind in ("best", "last"):
+        change_byte(RUN / "checkpoints" / f"{kind}.ckpt", b"float", b"floax")
+
+
+def change_config() -> None:
+    change_byte(RUN / "config.yaml", b"weight_decay: 0.01", b"weight_decay: 0.02")
+
+
+def change_data() -> None:
+    change_byte(Path("claims.jsonl"), b"claim", b"clain")
+
+
+CHANGES: list[tuple[Callable[[], None], str]] = [
+    (change_base_config, "differ in config"),
+    (change_tokenizer, "differ in tokenizer"),
+    (change_weights, "differ in weights"),
+    (change_adapter, "best.ckpt"),
+    (change_config, "config.yaml changed since provenance.json"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES)
+def test_predict_refuses_a_changed_byte_and_names_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str], change: Callable[[], None], named: str
+) -> None:
+    change()
+    assert main(["predict", "--config", CONFIG, "--ckpt_path", str(RUN), "--data.predict_files", "claims.jsonl"]) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "named"), [CHANGES[2], CHANGES[4]])
+def test_export_refuses_a_changed_byte_and_names_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str], change: Callable[[], None], named: str
+) -> None:
+    change()
+    flags = ["--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0"]
+    assert main(["export", "--config", CONFIG, *flags]) == 2
+    assert named in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [CHANGES[2], (change_adapter, "last.ckpt"), (change_config, "model.weight_decay"), (change_data, "train_files")],
+)
+def test_a_resumed_fit_refuses_a_changed_byte_and_names_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str], change: Callable[[], None], named: str
+) -> None:
+    change()
+    assert main(["fit", "--config", CONFIG, "--ckpt_path", str(RUN)]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_another_template_is_refused_without_a_new_version(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_phi2.adapters.adapter.TEMPLATE_DIGEST", "0" * 16)
+    assert main(["predict", "--config", CONFIG, "--ckpt_path", str(RUN)]) == 2
+    assert "prompt template" in capsys.readouterr().err
+
+
+def test_verify_accepts_what_nobody_changed(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    assert all(line.startswith("ok ") for line in lines)
+
+
+def test_verify_names_every_file_that_changed(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = [change_base_config, change_tokenizer, change_weights, change_adapter, change_config]
+    for change in changes:
+        change()
+    change_byte(RUN / "adapter" / "adapter_model.safetensors")
+    change_byte(RUN / "ledger.parquet")
+    (RUN / "adapter" / "lit_phi2.json").unlink()
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 3
+    output = capsys.readouterr()
+    faults = {line[:12].strip() + " " + line[13:].partition(":")[0] for line in output.out.splitlines()}
+    files = ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "ledger.parquet"]
+    parts = ["base config", "base tokenizer", "base weights", "adapter/adapter_model.safetensors"]
+    assert {f"changed {name}" for name in files + parts} | {"missing adapter/lit_phi2.json"} <= faults
+    assert all(name in output.err for name in [*files, *parts, "adapter/lit_phi2.json"])
+
+
+def test_verify_notices_an_edited_provenance(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_byte(RUN / "provenance.json", b'"total_steps": ', b'"total_stepz": ')
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 3
+    assert "changed      provenance.json" in capsys.readouterr().out
+
+
+def test_a_changed_record_is_named_by_its_place(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Path("claims.jsonl").read_bytes().splitlines(keepends=True)
+    lines[8] = lines[8].replace(b"claim", b"clain", 1)
+    Path("claims.jsonl").write_bytes(b"".join(lines))
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 3
+    assert "claims.jsonl:9 of the ledger is another record now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", [RUN, RUN / "adapter"])
+def test_it_is_an_in_toto_statement_about_every_file(workplace: Path, folder: Path) -> None:
+    """The references are the layout of in-toto Statement v1 and sha256 of the files as they are."""
+    statement = json.loads((folder / "provenance.json").read_text())
+    assert list(statement) == ["_type", "subject", "predicateType", "predicate"]
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert ":" in statement["predicateType"]  # a URI
+    for subject in statement["subject"]:
+        content = (folder / subject["name"]).read_bytes()
+        assert subject["digest"] == {"sha256": hashlib.sha256(content).hexdigest()}
+    names = {subject["name"] for subject in statement["subject"]}
+    assert {"adapter_model.safetensors", "adapter_config.json", "lit_phi2.json"} <= {Path(n).name for n in names}
+
+
+def test_it_says_what_the_run_was_made_from(workplace: Path) -> None:
+    predicate = json.loads((RUN / "provenance.json").read_text())["predicate"]
+    settings = predicate["buildDefinition"]["internalParameters"]["settings"]
+    assert (settings["seed_everything"], settings["compute_dtype"]) == (42, "float32")
+    environment = predicate["buildDefinition"]["internalParameters"]["environment"]
+    assert {"torch", "device", "num_threads"} == set(environment)
+    assert predicate["runDetails"]["builder"]["version"]["torch"] == environment["torch"]
+    names = [each["name"] for each in predicate["buildDefinition"]["resolvedDependencies"]]
+    parts = ["base", "base config", "base tokenizer", "base weights", "template"]
+    assert names == [*parts, "data.train_files", "data.val_files", "config.yaml"]
+    (ledger,) = predicate["runDetails"]["byproducts"]
+    assert ledger["digest"]["sha256"] == hashlib.sha256((RUN / "ledger.parquet").read_bytes()).hexdigest()
+    assert 0 < predicate["training"]["steps"] <= predicate["training"]["total_steps"]
+    assert predicate["metrics"]["best val/loss"] > 0
+
+
+def test_it_holds_no_path(workplace: Path, trained: Path) -> None:
+    assert main(["export", "--config", CONFIG, "--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0"]) == 0
+    for file in (RUN / "provenance.json", RUN / "adapter" / "provenance.json", Path("out/provenance.json")):
+        assert "members" not in file.read_text()
+        assert "runs/" not in file.read_text()
+
+
+@pytest.mark.parametrize(("format", "name"), [("peft", "adapter_model"), ("merged", "model"), ("mlx", "adapters")])
+def test_exports_carry_it_in_their_tensors_metadata(workplace: Path, format: str, name: str) -> None:
+    """The reference reads the metadata with the package safetensors."""
+    audit = {"passed": False, "max_auc": 0.6}
+    (RUN / "audit_leakage.json").write_text(json.dumps(audit))
+    flags = ["--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0", "--format", format]
+    assert main(["export", "--config", CONFIG, *flags]) == 0
+    predicate = json.loads(Path("out/provenance.json").read_text())["predicate"]
+    with safe_open(f"out/{name}.safetensors", "pt") as tensors:
+        embedded = json.loads(tensors.metadata()["lit_phi2.provenance"])
+    expected = hashlib.sha256(json.dumps(predicate, sort_keys=True).encode()).hexdigest()
+    assert embedded["predicate_sha256"] == expected
+    assert (predicate["export"]["format"], predicate["audits"]) == (format, {"audit_leakage": audit})
+    assert embedded["digests"]["ledger.parquet"] == hashlib.sha256((RUN / "ledger.parquet").read_bytes()).hexdigest()
+    assert main(["verify", "--ckpt_path", "out", "--model.base", "base"]) == 0
+
+
+def test_verify_names_a_file_that_was_added(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--config", CONFIG, "--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0"]) == 0
+    Path("out/pytorch_model.bin").write_bytes(b"weights of somebody else")
+    assert main(["verify", "--ckpt_path", "out", "--model.base", "base"]) == 3
+    assert "added        pytorch_model.bin" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_has_none_and_says_so(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (RUN / "provenance.json").unlink()
+    assert main(["verify", "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt")]) == 2
+    assert "its run has not ended" in capsys.readouterr().err

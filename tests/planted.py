@@ -1,0 +1,58 @@
+"""Made-up identifiers of every kind, in the formats that people write, each in the words around it."""
+
+PLANTED: dict[str, list[tuple[str, str]]] = {
+    "ssn": [
+        ("SSN {}", "219-09-9998"),
+        ("the number {} is on the card", "219 09 9997"),
+        ("Social Security number: {}", "219099996"),
+        ("ssn={}", "219.09.9995"),
+        ("card {}", "219\u201109\u20119994"),  # non-breaking hyphens, as PDF files have them
+    ],
+    "phone": [
+        ("call {}", "(555) 201-3344"),
+        ("call {}", "555-201-3345"),
+        ("fax: {}", "555.201.3346"),
+        ("{}", "+1 555 201 3347"),
+        ("my cell is {}", "5552013348"),
+        ("ring {} in London", "+44 20 7946 0958"),
+        ("tel {}", "201-3349"),
+    ],
+    "email": [("write to {}", "jo.o'neil+claims@mail.example.co.uk"), ("<{}>", "BILLING@EXAMPLE.ORG")],
+    "member_id": [
+        ("Member ID: {}", "M79184741"),
+        ("for Tara Singh ({})", "z15141012"),
+        ("subscriber # {}", "XYZ123456789"),
+        ("| member | {} |", "71-GS-0042"),
+        ('{{"member_id": "{}"}}', "880421"),
+        ("ID {}", "WMC4410-06"),
+    ],
+    "claim_number": [
+        ("Why was {} denied?", "CLM-2024-00017"),
+        ("see {}", "clm-2024-00018"),
+        ("claim {}", "42708978"),
+        ("Claim number {}", "LF-THF-3372"),
+        ("file {}", "400-88-217"),
+        ("notice {}", "VS-534923"),
+        ("reference no. {}", "GW7-40216"),
+        ("our letter about {} again", "2207-9748"),
+        ("file {}", "claim_778812"),
+    ],
+    "mbi": [("MBI {}", "1EG4-TE5-MK73"), ("card {}", "1eg4te5mk72"), ("Medicare {}", "2AA0 AA0 AA00")],
+    "npi": [("NPI {}", "1234567893"), ("rendering provider {}", "1245-319-599")],
+    "dob": [
+        ("DOB {}", "04/12/1980"),
+        ("date of birth: {}", "1980-04-13"),
+        ("born on {}", "April 14, 1980"),
+        ("D.O.B. {}", "15 Apr 1980"),
+        ("birth date {}", "4-16-80"),
+        ("born the {}", "17th of April 1980"),
+    ],
+    "tax_id": [("tax id {}", "12-3456789"), ("EIN {}", "123456788")],
+    "credit_card": [("card {}", "4111 1111 1111 1111"), ("paid with {}", "378282246310005")],
+    "prescription": [("Rx {}", "4471902"), ("see {}", "RX-4471903"), ("prescription number {}", "66120")],
+    "authorization": [("prior authorization {}", "8812067"), ("see {}", "PA-8812068"), ("auth # {}", "A99-2218")],
+    "referral": [("referral no. {}", "R-55102"), ("see {}", "REF-8812069")],
+    "policy_number": [("policy number {}", "EL-5520-846"), ("group {}", "70-4418")],
+    "medical_record": [("MRN {}", "00451882"), ("medical record number: {}", "B-20714")],
+    "account_number": [("acct. {}", "SK-40217"), ("account number {}", "0098-2231")],
+}
