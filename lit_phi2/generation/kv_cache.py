@@ -72,6 +72,10 @@ class KVCache:
         self.layers[layer][target, :, :, :length] = self.layers[layer][source, :, :, :length]
 
 
-def round_up(length: int) -> int:
-    """The smallest multiple of CAPACITY_STEP that is not less than a length."""
-    return -(-length // CAPACITY_STEP) * CAPACITY_STEP
+def round_up(length: int, step: int = CAPACITY_STEP) -> int:
+    """The smallest multiple of a step that is not less than a length.
+
+    >>> round_up(65), round_up(65, 16)
+    (128, 80)
+    """
+    return -(-length // step) * step
