@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_phi2.errors import InputError
+from lit_phi2.generation.cache_attention import Segment
 from lit_phi2.generation.capacity import choose_num_slots
-from lit_phi2.generation.decoder import Decoder, Segment
+from lit_phi2.generation.decoder import Decoder
 from lit_phi2.generation.drafts import MAX_DRAFT_SLOTS, Drafter
 from lit_phi2.generation.kv_cache import KVCache, round_up
 from lit_phi2.generation.slots import Generated, Slots, common_prefix

@@ -1,6 +1,6 @@
 """KVCache: the rotated keys and the values of every sequence in work, allocated once and written in place.
 
-    (L, S, 2, H, C, d)      L layers   S slots   2 keys, values   H heads   C positions   d width of a head
+    (L, 2, S, H, C, d)      L layers   2 keys, values   S slots   H heads   C positions   d width of a head
 
 A slot holds one sequence. New tokens are written at their positions before they attend, so a position beyond the
 sequence may hold anything: it is overwritten before it is read.
@@ -44,12 +44,10 @@ class KVCache:
 
     def __init__(self, shape: CacheShape, num_slots: int, capacity: int, device: torch.device) -> None:
         self.shape, self.num_slots, self.capacity = shape, num_slots, capacity
-        size = (shape.num_layers, num_slots, 2, shape.num_heads, capacity, shape.head_dim)
+        size = (shape.num_layers, 2, num_slots, shape.num_heads, capacity, shape.head_dim)
         # Zeros, because 0 times whatever memory holds may be NaN where attention masks a position.
         self.tensor = torch.zeros(size, dtype=shape.dtype, device=device)
-        # Views, made once: a decode step takes some hundreds of them.
-        self.layers = list(self.tensor.unbind(0))
-        self.slots = [[(slot[:1], slot[1:]) for slot in layer.unbind(0)] for layer in self.layers]  # (1, H, C, d) each
+        self.layers = list(self.tensor.unbind(0))  # (2, S, H, C, d) each
 
     def enlarged(self, capacity: int) -> "KVCache":
         """A cache with more positions and the same contents."""
@@ -65,11 +63,11 @@ class KVCache:
             slots, positions: (N,) int64, of each token.
             keys_values: (N, 2, H, d), the keys after rotary.
         """
-        self.layers[layer][slots, :, :, positions] = keys_values
+        self.layers[layer][:, slots, :, positions] = keys_values
 
     def copy_prefix(self, layer: int, source: int, target: int, length: int) -> None:
         """Copy the first positions of a slot to another."""
-        self.layers[layer][target, :, :, :length] = self.layers[layer][source, :, :, :length]
+        self.layers[layer][:, target, :, :length] = self.layers[layer][:, source, :, :length]
 
 
 def round_up(length: int, step: int = CAPACITY_STEP) -> int:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-from lit_phi2.generation.decoder import Decoder, apply_rotary_emb_
+from lit_phi2.generation.cache_attention import apply_rotary_emb_
+from lit_phi2.generation.decoder import Decoder
 from lit_phi2.generation.kv_cache import KVCache
 from lit_phi2.model.phi2 import block_forward
 
@@ -77,7 +78,7 @@ class StaticDecoder:
                 apply_rotary_emb_(qkv[:, :2], cos, sin)
                 qkv = qkv.to(self.cache.shape.dtype)
                 self.cache.write(layer, self.slots, self.positions, qkv[:, 1:])
-                keys, values = self.cache.layers[layer][..., :length, :].unbind(1)  # (S, H, length, d) each
+                keys, values = self.cache.layers[layer][..., :length, :].unbind(0)  # (S, H, length, d) each
                 query = qkv[:, 0, :, None]  # (S, H, 1, d)
                 output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=decoder.scaling)
                 return output[:, :, 0].to(dtype)

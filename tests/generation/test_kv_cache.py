@@ -26,11 +26,11 @@ def test_tokens_are_written_at_their_slots_and_positions() -> None:
     cache.write(1, torch.tensor([1, 0, 1]), torch.tensor([5, 0, 6]), keys_values)
     expected = torch.zeros(2, 2, 2, 3, 8, 4)
     for index, (slot, position) in enumerate([(1, 5), (0, 0), (1, 6)]):
-        expected[1, slot, :, :, position] = keys_values[index]
+        expected[1, :, slot, :, position] = keys_values[index]
     assert torch.equal(cache.tensor, expected)
-    keys, values = cache.slots[1][1]
-    assert torch.equal(keys[0, :, 5], keys_values[0, 0])
-    assert torch.equal(values[0, :, 6], keys_values[2, 1])
+    keys, values = cache.layers[1]
+    assert torch.equal(keys[1, :, 5], keys_values[0, 0])
+    assert torch.equal(values[1, :, 6], keys_values[2, 1])
 
 
 def test_a_grown_cache_has_the_same_contents() -> None:

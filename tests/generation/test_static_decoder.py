@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from helpers import DEVICES, new_module
-from lit_phi2.generation.decoder import Decoder, Segment
+from lit_phi2.generation.cache_attention import Segment
+from lit_phi2.generation.decoder import Decoder
 from lit_phi2.generation.engine import generate
 from lit_phi2.generation.kv_cache import KVCache
 from lit_phi2.generation.static_decoder import StaticDecoder
