@@ -35,7 +35,7 @@ from lit_phi2.training.program_config import program_config
 from lit_phi2.training.protocols import TrainingData
 from lit_phi2.training.rejected import write_rejected
 from lit_phi2.training.resume import check_resumable, repeated_outputs
-from lit_phi2.training.run_folder import broadcast_run_dir, locked, open_run_dir
+from lit_phi2.training.run_folder import broadcast_run_dir, locked, on_rank_zero, open_run_dir
 from lit_phi2.training.tensorboard import StrictTensorBoardLogger, truncate_events
 from lit_phi2.utils.console import shell_command
 from lit_phi2.utils.paths import GGUF_SUFFIX, find_checkpoint, run_dir_of
@@ -138,11 +138,7 @@ class FitTrainer(pl.Trainer):
     def _fit_in(self, run_dir: Path, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None) -> None:
         """Train in a folder that no other fit writes to."""
         resumed = self._read_resumed(ckpt_path)  # again: the fit that held the lock may have written it since
-        self.write_rejected(datamodule, run_dir)
-        open_ledger(self, run_dir, self.config_run)
-        if self.is_global_zero:
-            check_provenance(run_dir)
-            (run_dir / PROVENANCE_FILE).unlink(missing_ok=True)  # written again with the adapter
+        on_rank_zero(self, lambda: self._prepare_folder(run_dir, datamodule))
         checkpoints = self._add_run_outputs(run_dir, resumed)
         self.run_dir = run_dir
         if model.drafts and self.is_global_zero:
@@ -160,6 +156,12 @@ class FitTrainer(pl.Trainer):
         if checkpoints is not None:
             checkpoints.export(self, model)
             log.info("adapter: %s", run_dir / "adapter")
+
+    def _prepare_folder(self, run_dir: Path, datamodule: ClaimsDataModule) -> None:
+        check_provenance(run_dir)
+        (run_dir / PROVENANCE_FILE).unlink(missing_ok=True)  # written again with the adapter
+        self.write_rejected(datamodule, run_dir)
+        open_ledger(self, run_dir, self.config_run)
 
     # Steps that subcommands share
 

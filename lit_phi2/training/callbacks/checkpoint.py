@@ -31,8 +31,8 @@ from lit_phi2.audit.ledger import LEDGER_FILE
 from lit_phi2.audit.provenance import (
     CONFIG_FILE,
     adapter_predicate,
+    embedded_metadata,
     run_predicate,
-    safetensors_metadata,
     write_provenance,
 )
 from lit_phi2.errors import RunInterrupted
@@ -166,7 +166,7 @@ class AdapterCheckpoint(Checkpoint):
         else:
             adapter = pl_module.trained_adapter()
             predicate = adapter_predicate(adapter, adapter.base)
-        save_adapter(adapter, self.folder / "adapter", safetensors_metadata(predicate))
+        save_adapter(adapter, self.folder / "adapter", embedded_metadata(predicate))
         write_provenance(self.folder / "adapter", predicate, ADAPTER_FILES)
         names = [f"adapter/{name}" for name in ADAPTER_FILES]
         others = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", CONFIG_FILE, LEDGER_FILE)
