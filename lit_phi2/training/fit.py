@@ -15,8 +15,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lit_phi2.adapters.adapter import check_adapter
 from lit_phi2.adapters.checkpoint import read_checkpoint
-from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance
+from lit_phi2.audit.provenance import check_provenance
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError, RunInterrupted
 from lit_phi2.training.callbacks.checkpoint import NOTHING_SAVED, AdapterCheckpoint, AtomicCheckpointIO, stop_message
@@ -122,6 +123,8 @@ class FitTrainer(pl.Trainer):
         model.total_steps()  # raises InputError before a folder is opened
         if resumed is not None:
             check_resumable(resumed["lit_phi2"]["run"], model.run_fingerprint(), datamodule.batching())
+            adapter = read_checkpoint(Path(str(ckpt_path)))[0]
+            check_adapter(adapter, model.lora_settings, model.checked.model, source=f"--ckpt_path {ckpt_path}")
         self._warn_about_mixed_data(datamodule)
         throughput = Throughput()
         self.callbacks.insert(0, throughput)
@@ -159,7 +162,6 @@ class FitTrainer(pl.Trainer):
 
     def _prepare_folder(self, run_dir: Path, datamodule: ClaimsDataModule) -> None:
         check_provenance(run_dir)
-        (run_dir / PROVENANCE_FILE).unlink(missing_ok=True)  # written again with the adapter
         self.write_rejected(datamodule, run_dir)
         open_ledger(self, run_dir, self.config_run)
 
