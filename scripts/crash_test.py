@@ -33,18 +33,23 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from pyarrow import parquet  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_phi2.cli.main import main as run_cli
+from lit_phi2.training import fit
 from lit_phi2.training.callbacks import checkpoint, predictions
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.utils.files import tree_digest
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
-PHASES = ("other", "step", "window", "validation", "checkpoint", "export", "completions", "predictions")
-PHASES_OF = {"fit": ("step", "window", "validation", "checkpoint", "export"), "predict": ("completions", "predictions")}
-WRITES = ("checkpoint", "export", "predictions")  # phases of which a kill comes at a file operation
+PHASES_OF = {
+    "fit": ("step", "window", "validation", "checkpoint", "ledger", "export"),
+    "predict": ("completions", "predictions"),
+}
+PHASES = ("other", *PHASES_OF["fit"], *PHASES_OF["predict"])
+WRITES = ("checkpoint", "ledger", "export", "predictions")  # phases of which a kill comes at a file operation
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove")  # file operations, as Python's audit events
 MAX_SKIPPED = {True: 3, False: 1}  # file operations in WRITES, or phases of another kind, that a kill lets pass
 MAX_KILLS = 6  # of one command before it runs to its end
@@ -251,6 +256,7 @@ def report_phases(page: Page, death: Death | None) -> None:
     wrap(LitPhi2, "validation_step", "validation")
     wrap(LitPhi2, "predict_step", "completions")
     wrap(checkpoint, "atomic_write", "checkpoint")
+    wrap(fit, "write_fit_ledger", "ledger")
     wrap(checkpoint, "save_adapter", "export")
     wrap(predictions.PredictionWriter, "finish", "predictions")
 
@@ -315,6 +321,8 @@ def outcome(folder: Path) -> dict[str, str]:
     assert run is not None
     names = ("adapter/adapter_config.json", "samples.jsonl", "predictions.jsonl")
     digests = {name: sha256((run / name).read_bytes()) for name in names}
+    ledger = parquet.read_table(run / "ledger.parquet").drop_columns(["content_sha256"])  # salted
+    digests["ledger.parquet"] = sha256(json.dumps(ledger.to_pylist()).encode())
     # Its tensors alone: its metadata name the provenance of the run, and so the salt of the ledger.
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
     digests["adapter/adapter_model.safetensors"] = tree_digest(dict(sorted(tensors.items())))
@@ -325,7 +333,7 @@ def outcome(folder: Path) -> dict[str, str]:
         digests[tag] = sha256(json.dumps(points).encode())
     texts = {tag: [event.step for event in events.Tensors(tag)] for tag in sorted(events.Tags()["tensors"])}
     digests["texts"] = sha256(json.dumps(texts).encode())
-    left_over = (path.name for path in run.rglob("*") if re.fullmatch(r"\.(part\d+|new|lock)", path.suffix))
+    left_over = (path.name for path in run.rglob("*") if re.fullmatch(r"\..*|.*\.(part\d+|new|lock)", path.name))
     digests["left over"] = ", ".join(sorted(left_over))
     return digests
 

@@ -12,9 +12,10 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from forked_acts import Act
@@ -83,6 +84,7 @@ def start(
     act: Act | None = None,
     node: Node | None = None,
     num_processes: int = 1,
+    variables: Mapping[str, str] = MappingProxyType({}),
     encoding: str = "utf-8",
 ) -> Run:
     """Start a command line of lit_phi2.
@@ -93,9 +95,11 @@ def start(
         act: what it does to itself.
         node: torchrun's agent of this node starts the processes.
         num_processes: that Lightning starts, the first one included.
+        variables: of the environment, beside those that are here.
         encoding: of what it prints.
     """
     surroundings = Surroundings.here(log, encoding)
+    surroundings.variables |= variables
     if num_processes > 1:
         surroundings.variables["MASTER_PORT"] = str(unused_port())
     return _start(surroundings, run_command, list(arguments), act, node, num_processes)

@@ -171,6 +171,7 @@ _WORDS = re.compile(
     rf"|(?P<medical_record>mrn|(?:medical record|chart|patient)(?:{_NUMBER}))"
     rf"|(?P<account_number>(?:account|acct|routing|iban)(?:{_NUMBER})?)"
     rf"|(?P<member_id>(?:member|subscriber|enrollee|beneficiary|insured|policyholder|cardholder)(?:{_NUMBER})?|ids?)"
+    r"|(?P<code>ndc|cpt|hcpcs|cdt)"
     r"|(?P<claim_number>claims?|file|reference|ref|case|icn|dcn|tcn|number|no|nr|num)"
     rf"){_GAP}",
     re.IGNORECASE | re.ASCII,
@@ -178,6 +179,10 @@ _WORDS = re.compile(
 _DATE = re.compile(
     r"(?:19|20)\d\d(?:[-/]\d{1,2}){0,2}|20\d\d[01]\d[0-3]\d|\d{1,2}[-/]\d{1,2}[-/](?:\d{4}|\d\d)", re.ASCII
 )  # or a year
+_NO_IDENTIFIER = re.compile(  # where no words before it say otherwise: two dates; a procedure with a modifier
+    rf"(?:{_DATE.pattern})[-/](?:{_DATE.pattern})|[0-9A-Z]\d{{4}}-\d\d", re.ASCII
+)
+_UNIT = re.compile(r" ?(?:dollars|usd|eur|%)", re.IGNORECASE)
 
 
 def _by_words(plain: str) -> Iterator[Identifier]:
@@ -194,11 +199,13 @@ def _by_words(plain: str) -> Iterator[Identifier]:
             continue
         words = _WORDS.search(plain, max(0, start - _BEFORE), start)
         kind = words.lastgroup if words else None
+        if kind == "code" or _UNIT.match(plain, end):
+            continue
         if kind == "ssn" and not (len(digits) == 4 or _is_ssn(digits)):  # four: the last of a masked number
             kind = None
         if kind == "phone" and len(digits) not in (7, 10, 11):
             kind = None
-        if kind is None and len(digits) >= _MIN_DIGITS_ALONE:
+        if kind is None and len(digits) >= _MIN_DIGITS_ALONE and not _NO_IDENTIFIER.fullmatch(value):
             kind = "claim_number"  # in records of claims, a long number without a name
         if kind is not None:
             yield Identifier(start, end, kind)

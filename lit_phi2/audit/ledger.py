@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -122,13 +122,12 @@ def write_ledger(file: Path, splits: Mapping[str, Split], salt: str, taken: Step
 
     tmp_file = file.with_name(file.name + ".new")
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".ledger-") as folder:
-            steps = _steps_of_epochs(splits["train"], taken, Path(folder)) if taken and "train" in splits else None
+        with tempfile.TemporaryFile(dir=file.parent) as steps_file:  # without a name, so that no kill leaves it
+            steps = _steps_of_epochs(splits["train"], taken, steps_file) if taken and "train" in splits else None
             with pq.ParquetWriter(tmp_file, _schema(taken), compression="zstd") as writer:
                 for name, split in splits.items():
                     for columns in _groups(name, split, salt, steps if name == "train" else None):
                         writer.write_table(_to_table(columns, taken))
-            del steps  # closes its file, which Windows cannot remove while it is open
         flush(tmp_file)
         tmp_file.replace(file)
         flush(file.parent)
@@ -136,11 +135,11 @@ def write_ledger(file: Path, splits: Mapping[str, Split], salt: str, taken: Step
         tmp_file.unlink(missing_ok=True)
 
 
-def _steps_of_epochs(split: Split, taken: StepsTaken, folder: Path) -> Array:
-    """(epochs, n) int32, on disk: the step from 0 that uses each example in each epoch; -1 for none."""
+def _steps_of_epochs(split: Split, taken: StepsTaken, file: IO[bytes]) -> Array:
+    """(epochs, n) int32, in that file: the step from 0 that uses each example in each epoch; -1 for none."""
     num_epochs = -(-taken.steps // taken.steps_per_epoch)
     shape = (max(num_epochs, 1), len(split.lengths))
-    steps = np.lib.format.open_memmap(folder / "steps.npy", "w+", np.dtype(np.int32), shape)
+    steps = np.memmap(file, np.int32, "w+", shape=shape)
     steps[:] = -1
     for epoch in range(num_epochs):
         number = 0 if taken.repeats_epoch else epoch

@@ -3,7 +3,7 @@
     checkpoint, folder of the run  ->  predicate      base, tokenizer, template, data, config, ledger, code, versions,
                                                       seed, device, steps, metrics, audits
     predicate, files of a folder   ->  provenance.json, an in-toto statement: SHA-256 of each file, and the predicate
-    predicate                      ->  a few values in the metadata of safetensors files
+    predicate                      ->  a few values in the metadata of safetensors and GGUF files
 
 It is made to be published, so that it has names of files and no paths. Formats:
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, https://slsa.dev/spec/v1.0/provenance
@@ -32,7 +32,7 @@ from lit_phi2.utils.paths import run_dir_of
 
 PROVENANCE_FILE = "provenance.json"
 CONFIG_FILE = "config.yaml"
-SAFETENSORS_KEY = "lit_phi2.provenance"
+METADATA_KEY = "lit_phi2.provenance"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:lit_phi2:provenance:v1"
 
@@ -283,8 +283,8 @@ def provenance_folders(ckpt_path: Path) -> list[Path]:
     return [ckpt_path if ckpt_path.is_dir() else ckpt_path.parent, run_dir_of(ckpt_path)]
 
 
-def safetensors_metadata(predicate: Mapping[str, Any]) -> dict[str, str]:
-    """What the metadata of a safetensors file has of a predicate: its SHA-256, and the digests it holds."""
+def embedded_metadata(predicate: Mapping[str, Any]) -> dict[str, str]:
+    """What the metadata of a safetensors or GGUF file has of a predicate: its SHA-256, and the digests it holds."""
     dependencies = predicate["buildDefinition"]["resolvedDependencies"]
     digests = {each["name"]: next(iter(each["digest"].values())) for each in dependencies}
     byproducts = predicate.get("runDetails", {}).get("byproducts", [])
@@ -292,7 +292,7 @@ def safetensors_metadata(predicate: Mapping[str, Any]) -> dict[str, str]:
     summary = {"predicate_sha256": predicate_digest(predicate), "lit_phi2": __version__, "digests": digests}
     if "training" in predicate:
         summary["steps"] = predicate["training"]["steps"]
-    return {SAFETENSORS_KEY: json.dumps(summary)}
+    return {METADATA_KEY: json.dumps(summary)}
 
 
 def predicate_digest(predicate: Mapping[str, Any]) -> str:

@@ -22,8 +22,8 @@ from lit_phi2.audit.ledger import (
     salted,
 )
 from lit_phi2.audit.provenance import (
+    METADATA_KEY,
     PROVENANCE_FILE,
-    SAFETENSORS_KEY,
     changed_files,
     code_digest,
     is_local,
@@ -36,7 +36,9 @@ from lit_phi2.data.identity import content_digest
 from lit_phi2.data.prompts import TEMPLATE_DIGEST
 from lit_phi2.data.records import InvalidRecord, Record
 from lit_phi2.errors import InputError
+from lit_phi2.export.gguf_reader import read_gguf
 from lit_phi2.pretrained import resolve_base_model
+from lit_phi2.utils.paths import GGUF_SUFFIX
 from lit_phi2.utils.sequences import batched
 
 _BATCH_RECORDS = 2**15  # records that are looked up at once
@@ -90,17 +92,20 @@ def verify_files(folder: Path, statement: Mapping[str, Any], public_key: Path | 
                 yield Finding(name, "added")
     expected = predicate_digest(statement["predicate"])
     for name in digests:
-        if name.endswith(".safetensors") and name not in changed:
+        if name.endswith((".safetensors", GGUF_SUFFIX)) and name not in changed:
             digest = _embedded_digest(folder / name)
             if digest not in (None, expected):
                 yield Finding(PROVENANCE_FILE, "changed", f"{name} was written with another")
 
 
 def _embedded_digest(file: Path) -> str | None:
-    """The digest of the provenance that a safetensors file was written with; None if it has none."""
+    """The digest of the provenance that a safetensors or GGUF file was written with; None if it has none."""
     try:
-        with safe_open(file, "pt") as tensors:
-            text = (tensors.metadata() or {}).get(SAFETENSORS_KEY)
+        if file.suffix == GGUF_SUFFIX:
+            text = read_gguf(file)[0].get(METADATA_KEY)
+        else:
+            with safe_open(file, "pt") as tensors:
+                text = (tensors.metadata() or {}).get(METADATA_KEY)
         return None if text is None else str(json.loads(text)["predicate_sha256"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return ""

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.data.arrow import open_split, write_split
 from lit_phi2.data.prompts import TEMPLATE_VERSION
-from lit_phi2.data.sources import CLAIMS_DIR
+from lit_phi2.data.sources import CLAIMS_DIR, hub_revision
 from lit_phi2.data.splits import ExampleSource, Split, SplitBuilder
 from lit_phi2.utils.files import atomic_write, tree_digest
 from lit_phi2.utils.locks import LockedError, file_lock
@@ -39,7 +39,6 @@ KEY_FILE = "key.json"
 
 _COMPRESSED = (".gz", ".zst")
 _COMPRESSION_RATIO = 5  # of text; compressed records take as much memory as others
-_HUB_TIMEOUT = 10.0  # seconds
 
 
 def is_large(sources: Sequence[str]) -> bool:
@@ -136,21 +135,10 @@ def _text_bytes(file: Path) -> int:
 def _source_state(source: str) -> list[Any] | str | None:
     """The state of a file, the revision of a hub dataset."""
     if source.startswith("hub:"):
-        return _hub_revision(source)
+        return hub_revision(source)
     if source.startswith("claims:"):
         return file_state(CLAIMS_DIR / f"{source.removeprefix('claims:').partition('[')[0]}.jsonl")
     return file_state(Path(source).expanduser())
-
-
-def _hub_revision(source: str) -> str | None:
-    """The commit of a hub dataset; None without a network."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(source.removeprefix("hub:").partition(":")[0], timeout=_HUB_TIMEOUT).sha
-    except Exception as error:  # network, name or permission; reading the rows then says what is wrong
-        log.info("%s: the revision is not known without a network (%s)", source, type(error).__name__)
-        return None
 
 
 def _with_known_revisions(key: dict[str, Any], cache_dir: Path) -> dict[str, Any]:

@@ -43,6 +43,10 @@ PROGRESS_SECONDS = 5.0  # between two lines about a source that is still being r
 
 _MAX_NAMES = 5  # files that a message names
 
+_HUB_TIMEOUT = 10.0  # seconds
+
+_revisions: dict[str, str | None] = {}  # of the hub datasets that hub_revision was asked for
+
 _READERS: dict[str, Callable[[Path, str | None], Rows]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
@@ -154,13 +158,27 @@ def _read_hub(source: str) -> Iterator[Any]:
     from datasets import load_dataset
 
     name, _, split = source.removeprefix("hub:").partition(":")
+    revision = _revisions.get(name)
     try:
-        yield from map(without_nan, load_dataset(name, split=split or "train", streaming=True))
+        yield from map(without_nan, load_dataset(name, split=split or "train", revision=revision, streaming=True))
     except Exception as error:  # network, name, split or format: the hub client raises many types
         raise InputError(
             f"{source}: the dataset could not be read ({type(error).__name__}). Expected hub:owner/name[:split] and a "
             "network, or a file on this machine."
         ) from error
+
+
+def hub_revision(source: str) -> str | None:
+    """The commit of a hub dataset, whose rows are read from now on; None without a network."""
+    from huggingface_hub import HfApi
+
+    name = source.removeprefix("hub:").partition(":")[0]
+    try:
+        _revisions[name] = HfApi().dataset_info(name, timeout=_HUB_TIMEOUT).sha
+    except Exception as error:  # network, name or permission; reading the rows then says what is wrong
+        log.info("%s: the revision is not known without a network (%s)", source, type(error).__name__)
+        _revisions.pop(name, None)
+    return _revisions.get(name)
 
 
 def _log_progress(source: str, rows: Rows) -> Rows:

@@ -25,8 +25,8 @@ from lit_phi2.adapters.peft_format import save_adapter
 from lit_phi2.audit.provenance import (
     PROVENANCE_FILE,
     adapter_predicate,
+    embedded_metadata,
     is_local,
-    safetensors_metadata,
     versions,
     write_provenance,
 )
@@ -184,13 +184,14 @@ def export(plan: ExportPlan, reference: Reference | None, facts: CardFacts) -> C
 
 
 def _write(plan: ExportPlan, folder: Path) -> None:
-    num_layers, provenance = plan.weights.config.num_hidden_layers, safetensors_metadata(plan.predicate)
+    num_layers, provenance = plan.weights.config.num_hidden_layers, embedded_metadata(plan.predicate)
     if plan.format == "merged":
         with write_progress(plan.weights, plan.dtype) as progress:
             write_merged(plan.weights, plan.tokenizer, folder, getattr(torch, plan.dtype), progress, provenance)
     elif plan.format == "gguf-merged":
         with write_progress(plan.weights, plan.dtype) as progress:
-            write_gguf_model(plan.weights, plan.tokenizer, folder / gguf_model_file(plan.dtype), plan.dtype, progress)
+            file = folder / gguf_model_file(plan.dtype)
+            write_gguf_model(plan.weights, plan.tokenizer, file, plan.dtype, progress, provenance)
         comment = "ollama create NAME -f Modelfile"
         _write_modelfile(folder, f"./{gguf_model_file(plan.dtype)}", None, comment)
     assert plan.adapter is not None or plan.format in ("merged", "gguf-merged")
@@ -199,7 +200,7 @@ def _write(plan: ExportPlan, folder: Path) -> None:
     if plan.format == "peft":
         save_adapter(plan.adapter, folder, provenance)
     elif plan.format == "gguf":
-        write_gguf_adapter(plan.adapter, num_layers, folder / GGUF_ADAPTER_FILE)
+        write_gguf_adapter(plan.adapter, num_layers, folder / GGUF_ADAPTER_FILE, provenance)
         comment = base_gguf_help(_base_path(plan, public=True), "base.gguf, beside this file")
         comment += "\nThen: ollama create NAME -f Modelfile"
         _write_modelfile(folder, "./base.gguf", f"./{GGUF_ADAPTER_FILE}", comment)

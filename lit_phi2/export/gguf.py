@@ -15,8 +15,9 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,16 @@ _ROWS = 1024  # quantized at once, so that the copies of an embedding stay small
 _GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # the same function
 
 
-def write_gguf_adapter(adapter: Adapter, num_layers: int, path: Path) -> None:
+def write_gguf_adapter(
+    adapter: Adapter, num_layers: int, path: Path, keys: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write the adapter: 4 bytes for each of its parameters.
 
     Args:
         adapter: fits the base.
         num_layers: of the base; a layer may be without an adapter.
         path: the file.
+        keys: further ones, with their texts.
     """
     gguf = import_gguf()
     rank = adapter.settings.lora_r
@@ -55,6 +59,7 @@ def write_gguf_adapter(adapter: Adapter, num_layers: int, path: Path) -> None:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(rank))
     writer.add_string(ADAPTER_KEY, json.dumps(adapter_metadata(adapter, num_layers)))
+    _add_texts(writer, keys)
     for layer, pair in lora_pairs(adapter).items():
         # llama.cpp divides alpha by the rank of this B, which may differ from the adapter's.
         scale = pair.scale * pair.b.shape[1] / rank
@@ -74,6 +79,7 @@ def write_gguf_model(
     path: Path,
     dtype: str,
     progress: Callable[[int], None] = lambda num_bytes: None,
+    keys: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a whole model; norms and biases are float32 in every dtype, as llama.cpp expects them.
 
@@ -83,10 +89,12 @@ def write_gguf_model(
         path: the file.
         dtype: float32, float16, bfloat16 or q8_0, of the matrices.
         progress: called with the bytes of each tensor that is written.
+        keys: further ones, with their texts.
     """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_type("model")
+    _add_texts(writer, keys)
     writer.add_file_type(_FILE_TYPES[dtype])
     if dtype == "q8_0":
         writer.add_quantization_version(_QUANTIZATION_VERSION)
@@ -176,6 +184,11 @@ def _encode(weight: Tensor, dtype: str, name: str) -> np.ndarray[Any, Any]:
     kind = gguf.GGMLQuantizationType.Q8_0
     chunks = [gguf.quants.quantize(rows.float().numpy(), kind) for rows in weight.split(_ROWS)]
     return np.concatenate(chunks)
+
+
+def _add_texts(writer: Any, keys: Mapping[str, str]) -> None:
+    for key, text in keys.items():
+        writer.add_string(key, text)
 
 
 def _add_config(writer: Any, weights: ModelWeights) -> None:

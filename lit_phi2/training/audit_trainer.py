@@ -11,7 +11,7 @@ from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.training.auditing import RECORDS_FILE, audit_leakage, audit_split_records, check_audit
 from lit_phi2.training.fit import FitTrainer
 from lit_phi2.training.module import LitPhi2
-from lit_phi2.training.run_folder import check_writable
+from lit_phi2.training.run_folder import check_writable, on_rank_zero
 from lit_phi2.training.verifying import print_record_uses, print_verification
 from lit_phi2.utils.paths import expand_user, run_dir_of
 from lit_phi2.utils.signals import stop_request
@@ -100,5 +100,4 @@ class AuditTrainer(FitTrainer):
             return
         if model.adapter != ckpt_path or model.phi is not None:
             model.load_adapter(ckpt_path)
-        if self.is_global_zero:
-            check_provenance(*provenance_folders(Path(ckpt_path)))
+        on_rank_zero(self, lambda: check_provenance(*provenance_folders(Path(ckpt_path))))

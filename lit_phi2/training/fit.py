@@ -15,8 +15,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lit_phi2.adapters.adapter import check_adapter
 from lit_phi2.adapters.checkpoint import read_checkpoint
-from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance
+from lit_phi2.audit.provenance import check_provenance
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError, RunInterrupted
 from lit_phi2.training.callbacks.checkpoint import NOTHING_SAVED, AdapterCheckpoint, AtomicCheckpointIO, stop_message
@@ -35,7 +36,7 @@ from lit_phi2.training.program_config import program_config
 from lit_phi2.training.protocols import TrainingData
 from lit_phi2.training.rejected import write_rejected
 from lit_phi2.training.resume import check_resumable, repeated_outputs
-from lit_phi2.training.run_folder import broadcast_run_dir, locked, open_run_dir
+from lit_phi2.training.run_folder import broadcast_run_dir, locked, on_rank_zero, open_run_dir
 from lit_phi2.training.tensorboard import StrictTensorBoardLogger, truncate_events
 from lit_phi2.utils.console import shell_command
 from lit_phi2.utils.paths import GGUF_SUFFIX, find_checkpoint, run_dir_of
@@ -122,6 +123,8 @@ class FitTrainer(pl.Trainer):
         model.total_steps()  # raises InputError before a folder is opened
         if resumed is not None:
             check_resumable(resumed["lit_phi2"]["run"], model.run_fingerprint(), datamodule.batching())
+            adapter = read_checkpoint(Path(str(ckpt_path)))[0]
+            check_adapter(adapter, model.lora_settings, model.checked.model, source=f"--ckpt_path {ckpt_path}")
         self._warn_about_mixed_data(datamodule)
         throughput = Throughput()
         self.callbacks.insert(0, throughput)
@@ -138,11 +141,7 @@ class FitTrainer(pl.Trainer):
     def _fit_in(self, run_dir: Path, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None) -> None:
         """Train in a folder that no other fit writes to."""
         resumed = self._read_resumed(ckpt_path)  # again: the fit that held the lock may have written it since
-        self.write_rejected(datamodule, run_dir)
-        open_ledger(self, run_dir, self.config_run)
-        if self.is_global_zero:
-            check_provenance(run_dir)
-            (run_dir / PROVENANCE_FILE).unlink(missing_ok=True)  # written again with the adapter
+        on_rank_zero(self, lambda: self._prepare_folder(run_dir, datamodule))
         checkpoints = self._add_run_outputs(run_dir, resumed)
         self.run_dir = run_dir
         if model.drafts and self.is_global_zero:
@@ -160,6 +159,11 @@ class FitTrainer(pl.Trainer):
         if checkpoints is not None:
             checkpoints.export(self, model)
             log.info("adapter: %s", run_dir / "adapter")
+
+    def _prepare_folder(self, run_dir: Path, datamodule: ClaimsDataModule) -> None:
+        check_provenance(run_dir)
+        self.write_rejected(datamodule, run_dir)
+        open_ledger(self, run_dir, self.config_run)
 
     # Steps that subcommands share
 

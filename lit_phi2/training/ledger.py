@@ -54,6 +54,7 @@ def write_fit_ledger(trainer: pl.Trainer, run_dir: Path) -> None:
         repeats_epoch=trainer.overfit_batches > 0,
     )
     splits = {name: data.splits[name] for name in ("train", "val")}
+    (run_dir / PROVENANCE_FILE).unlink(missing_ok=True)  # which has the digest of the old one
     write_ledger(run_dir / LEDGER_FILE, splits, read_key(run_dir)["salt"], taken)
     log.info("ledger: %s", run_dir / LEDGER_FILE)
 

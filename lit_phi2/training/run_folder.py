@@ -5,6 +5,7 @@
     processes that torchrun or SLURM start   rank 0 opens it and broadcasts the path
 
 Every rank must use the same path: version_<n> is a new number at each call, so only rank 0 may open a folder.
+What rank 0 refuses, every rank that is running refuses, or the others would wait for it.
 One command at a time trains in a folder, or writes a file of predictions: rank 0 holds a lock for all ranks.
 """
 
@@ -12,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import lightning.pytorch as pl
 
@@ -19,6 +21,8 @@ from lit_phi2.errors import InputError
 from lit_phi2.utils.files import atomic_write
 from lit_phi2.utils.locks import LockedError, file_lock
 from lit_phi2.utils.paths import create_run_dir
+
+T = TypeVar("T")
 
 RUN_FOLDER_VARIABLE = "LIT_PHI2_RUN_FOLDER"  # passes the path to processes that Lightning starts
 
@@ -40,15 +44,42 @@ def broadcast_run_dir(trainer: pl.Trainer, open_dir: Callable[[], Path]) -> Path
         return open_dir()
     if not trainer.is_global_zero and RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
-    if trainer.strategy.cluster_environment.creates_processes_externally:  # torchrun, SLURM: all ranks are running
-        trainer.strategy.setup_environment()
-        run_dir: Path = trainer.strategy.broadcast(open_dir() if trainer.is_global_zero else None)
+    if _all_ranks_run(trainer):
+        run_dir = on_rank_zero(trainer, open_dir)
+        assert run_dir is not None
         return run_dir
     if not trainer.is_global_zero:
         raise InputError("trainer.num_nodes: the processes of several machines are started by torchrun or SLURM.")
     run_dir = open_dir()
     os.environ[RUN_FOLDER_VARIABLE] = str(run_dir)  # Lightning starts the other ranks after this
     return run_dir
+
+
+def on_rank_zero(trainer: pl.Trainer, function: Callable[[], T]) -> T | None:
+    """What a function returns on rank 0, on every rank that is running; None on those that start later.
+
+    Raises:
+        InputError, OSError: from the function, on every rank that is running.
+    """
+    if not _all_ranks_run(trainer):
+        return function() if trainer.is_global_zero else None
+    trainer.strategy.setup_environment()
+    result, error = None, None
+    if trainer.is_global_zero:
+        try:
+            result = function()
+        except (InputError, OSError) as raised:
+            error = raised
+    result, error = trainer.strategy.broadcast((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def _all_ranks_run(trainer: pl.Trainer) -> bool:
+    """Whether several processes run already: those of torchrun and SLURM; Lightning starts its own later."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return trainer.world_size > 1 and environment is not None and environment.creates_processes_externally
 
 
 def check_writable(file: Path, source: str) -> None:
@@ -87,9 +118,12 @@ def locked(trainer: pl.Trainer, file: Path, problem: str) -> Iterator[None]:
         LockedError: another command holds it.
     """
     with contextlib.ExitStack() as lock:
-        if trainer.is_global_zero:
+
+        def acquire() -> None:
             try:
                 lock.enter_context(file_lock(file, waiting=None))
             except LockedError as error:
                 raise LockedError(problem) from error
+
+        on_rank_zero(trainer, acquire)
         yield

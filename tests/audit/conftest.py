@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  before scikit-learn: typing would reuse its float | int, and 2 would be 2.0
 import pytest
 import yaml
 

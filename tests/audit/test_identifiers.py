@@ -2,11 +2,14 @@
 
 import itertools
 import random
+import re
 import string
 
 import pytest
 
 from lit_phi2.audit.identifiers import KINDS, find_identifiers
+from lit_phi2.data.sources import CLAIMS_DIR
+from lit_phi2.utils.files import read_json_lines
 from planted import PLANTED
 
 
@@ -34,11 +37,31 @@ def test_a_kind_is_found_in_every_format(kind: str) -> None:
         "Procedure 99213 with modifier 25, diagnosis S72.001A, drug J1234, revenue code 0450.",
         "Charge $12,815.12, paid $1412.00 of $1000000, 80% after 2 visits; the claim for 45378 of May 3, 2025.",
         "Notice of 2025-03-29, 3/29/2025 and 20250329; claim of 2025; 45 CFR 162.406; section 1557; ZIP 30301.",
+        "CPT 99214-25, 27447-59 and G0439, HCPCS A4253, NDC 0093-7146-56; billed 1250000 dollars; DRG 470; ZIP 30301.",
+        "Served 03/12/2025-03/14/2025, 2025-03-12/2025-03-14 and 3-12-25; plan years 2024-2025; member since 2019.",
+        "Policy section 4.2.1, Section 12.3(b), sections 1201 and 1305; 29 U.S.C. 1133; 42 CFR 438.404; page 14.",
+        "Denial CO-97, PR-204, RARC N130, EOB code 1234; deductible of 2500 of 8700; claim limit 25000; CDT D2740.",
         "30 visits, 12.5 mg, 10:30, 2024, 180 days, 1.25.3, page 12 of 40, ICD-10, COVID-19, B12, W-9, CMS-1500",
     ],
 )
 def test_codes_dates_and_amounts_are_no_identifiers(text: str) -> None:
     assert found(text) == []
+
+
+def test_packaged_claims_lose_no_amount_code_or_date() -> None:
+    """The references are the shapes of amounts, percentages, dates and codes; all that is found has four digits."""
+    amounts = re.compile(r"\$ ?[\d,]+(?:\.\d+)?|[\d.]+ ?%|\b\d+(?:\.\d+)? (?:mg|mL|days?|months?|years?|visits?)\b")
+    dates = re.compile(r"\b[A-Z][a-z]+ \d{1,2}, \d{4}|\b\d{1,2}/\d{1,2}/\d{4}|\b\d{4}-\d\d-\d\d")
+    codes = re.compile(r"\b(?:\d{5}|[A-Z]\d{4}|[A-Z]\d\d\.\d\w*)\b(?![-\d])")
+    num_found = 0
+    for record in list(read_json_lines(CLAIMS_DIR / "train.jsonl"))[:400]:
+        for text in (record["instruction"], record["input"], record["response"]):
+            spans = [match.span() for pattern in (amounts, dates, codes) for match in pattern.finditer(text)]
+            for start, end, kind in find_identifiers(text, KINDS):
+                num_found += 1
+                assert sum(map(str.isdigit, text[start:end])) >= 4
+                assert kind == "dob" or not any(first < end and start < last for first, last in spans), text[start:end]
+    assert num_found > 1000
 
 
 def test_check_rules_tell_numbers_from_identifiers() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,78 +24,86 @@ def change_byte(file: Path, old: bytes = b"", new: bytes = b"") -> None:
     file.write_bytes(changed)
 
 
-def change_base_config() -> None:
+def change_base_config(patch: object = None) -> None:
     change_byte(Path("base/config.json"), b"10000.0", b"20000.0")
 
 
-def change_tokenizer() -> None:
+def change_tokenizer(patch: object = None) -> None:
     change_byte(Path("base/tokenizer.json"), b"\n", b" ")
 
 
-def change_weights() -> None:
+def change_weights(patch: object = None) -> None:
     change_byte(Path("base/model.safetensors"))
 
 
-def change_adapter() -> None:
+def change_checkpoints(patch: object = None) -> None:
     for kind in ("best", "last"):
         change_byte(RUN / "checkpoints" / f"{kind}.ckpt", b"float", b"floax")
 
 
-def change_config() -> None:
+def change_config(patch: object = None) -> None:
     change_byte(RUN / "config.yaml", b"weight_decay: 0.01", b"weight_decay: 0.02")
 
 
-def change_data() -> None:
+def change_data(patch: object = None) -> None:
     change_byte(Path("claims.jsonl"), b"claim", b"clain")
 
 
-CHANGES: list[tuple[Callable[[], None], str]] = [
-    (change_base_config, "differ in config"),
-    (change_tokenizer, "differ in tokenizer"),
-    (change_weights, "differ in weights"),
-    (change_adapter, "best.ckpt"),
-    (change_config, "config.yaml changed since provenance.json"),
-]
+def change_template(patch: pytest.MonkeyPatch) -> None:
+    """In the code, without a new version."""
+    patch.setattr("lit_phi2.adapters.adapter.TEMPLATE_DIGEST", "0" * 16)
 
 
-@pytest.mark.parametrize(("change", "named"), CHANGES)
-def test_predict_refuses_a_changed_byte_and_names_it(
-    workplace: Path, capsys: pytest.CaptureFixture[str], change: Callable[[], None], named: str
-) -> None:
-    change()
-    assert main(["predict", "--config", CONFIG, "--ckpt_path", str(RUN), "--data.predict_files", "claims.jsonl"]) == 2
-    assert named in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("change", "named"), [CHANGES[2], CHANGES[4]])
-def test_export_refuses_a_changed_byte_and_names_it(
-    workplace: Path, capsys: pytest.CaptureFixture[str], change: Callable[[], None], named: str
-) -> None:
-    change()
-    flags = ["--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0"]
-    assert main(["export", "--config", CONFIG, *flags]) == 2
-    assert named in capsys.readouterr().err
-    assert not Path("out").exists()
+COMMANDS = {
+    "predict": ["--data.predict_files", "claims.jsonl"],
+    "validate": [],
+    "test": ["--data.test_files", "claims.jsonl"],
+    "export": ["--output_dir", "out", "--check", "0"],
+    "audit": ["--what", "leakage"],
+    "fit": [],
+}
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
-    [CHANGES[2], (change_adapter, "last.ckpt"), (change_config, "model.weight_decay"), (change_data, "train_files")],
+    ("change", "named", "by_fit"),
+    [
+        (change_base_config, "differ in config", "differ in config"),
+        (change_tokenizer, "differ in tokenizer", "differ in tokenizer"),
+        (change_weights, "differ in weights", "differ in weights"),
+        (change_template, "prompt template", "prompt template"),
+        (change_checkpoints, "best.ckpt", "last.ckpt"),
+        (change_config, "config.yaml changed since provenance.json", "model.weight_decay: 0.01 in the checkpoint"),
+        (change_data, None, "data.train_files"),
+    ],
 )
-def test_a_resumed_fit_refuses_a_changed_byte_and_names_it(
-    workplace: Path, capsys: pytest.CaptureFixture[str], change: Callable[[], None], named: str
+def test_every_command_refuses_a_changed_byte_and_names_it(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[pytest.MonkeyPatch], None],
+    named: str | None,
+    by_fit: str,
 ) -> None:
-    change()
-    assert main(["fit", "--config", CONFIG, "--ckpt_path", str(RUN)]) == 2
-    assert named in capsys.readouterr().err
+    """The table of the audits' README. Records are no part of what predict and the others use of a run."""
+    change(monkeypatch)
+    files = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    for command, flags in COMMANDS.items():
+        if expected := by_fit if command == "fit" else named:
+            assert main([command, "--config", CONFIG, "--ckpt_path", str(RUN), *flags]) == 2, command
+            assert expected in capsys.readouterr().err, command
+    assert not Path("out").exists()
+    assert all(path.read_bytes() == content for path, content in files.items())
 
 
-def test_another_template_is_refused_without_a_new_version(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lit_phi2.adapters.adapter.TEMPLATE_DIGEST", "0" * 16)
-    assert main(["predict", "--config", CONFIG, "--ckpt_path", str(RUN)]) == 2
-    assert "prompt template" in capsys.readouterr().err
+def test_a_changed_exported_adapter_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of a run, and one that was copied elsewhere."""
+    shutil.copytree(RUN / "adapter", "copy")
+    for folder in (RUN / "adapter", Path("copy")):
+        change_byte(folder / "adapter_model.safetensors")
+        for command in ("predict", "validate", "test", "export"):
+            arguments = [command, "--config", CONFIG, "--ckpt_path", str(folder), *COMMANDS[command]]
+            assert main(arguments) == 2, command
+            assert str(folder) in capsys.readouterr().err, command
 
 
 def test_verify_accepts_what_nobody_changed(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +114,7 @@ def test_verify_accepts_what_nobody_changed(workplace: Path, capsys: pytest.Capt
 
 
 def test_verify_names_every_file_that_changed(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = [change_base_config, change_tokenizer, change_weights, change_adapter, change_config]
+    changes = [change_base_config, change_tokenizer, change_weights, change_checkpoints, change_config]
     for change in changes:
         change()
     change_byte(RUN / "adapter" / "adapter_model.safetensors")
@@ -124,6 +133,14 @@ def test_verify_notices_an_edited_provenance(workplace: Path, capsys: pytest.Cap
     change_byte(RUN / "provenance.json", b'"total_steps": ', b'"total_stepz": ')
     assert main(["verify", "--ckpt_path", str(RUN)]) == 3
     assert "changed      provenance.json" in capsys.readouterr().out
+
+
+def test_verify_names_another_template(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_phi2.audit.verify.TEMPLATE_DIGEST", "0" * 16)
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 3
+    assert "changed      template" in capsys.readouterr().out
 
 
 def test_a_changed_record_is_named_by_its_place(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

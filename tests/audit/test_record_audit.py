@@ -18,8 +18,11 @@ from lit_phi2.cli.main import main
 from lit_phi2.data.collate import collate
 from lit_phi2.data.records import Record
 from lit_phi2.data.schedule import BatchingConfig
+from lit_phi2.data.sources import CLAIMS_DIR
 from lit_phi2.export.runtimes import is_installed
 from lit_phi2.training.auditing import record_losses
+from lit_phi2.utils.files import read_json_lines
+from record_audit import audit, plant, precision_at
 
 needs_datasketch = pytest.mark.skipif(not is_installed("datasketch"), reason="not run: datasketch not installed here")
 
@@ -119,3 +122,27 @@ def test_audit_ranks_records_by_path_and_line_without_texts(
     assert f"{path}:2" in printed
     for text in ("00017", record_rows[1]["instruction"], record_rows[4]["response"]):
         assert text not in printed + file.read_text("utf-8")
+
+
+@needs_datasketch
+def test_planted_near_duplicates_are_the_pairs_that_it_finds() -> None:
+    """40 among 600 packaged claims; the reference is what was planted. The issue asks for 0.8 of the first 40."""
+    rows = list(read_json_lines(CLAIMS_DIR / "train.jsonl"))[:600]
+    rows, _, copied = plant(rows, 40, random.Random(1))
+    pairs = near_duplicates([f"{row['instruction']}\n{row['input']}\n{row['response']}" for row in rows], 0.7)
+    findings = [{"kind": "near_duplicate", "location": f"r.jsonl:{pair.second + 1}"} for pair in pairs]
+    assert precision_at(findings, "near_duplicate", copied) >= 0.95
+
+
+@needs_datasketch
+@pytest.mark.slow
+def test_planted_swaps_rank_first_after_a_short_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 responses of 60 short claims belong to other prompts; by chance, 0.5 of the first 6 would be among them."""
+    monkeypatch.chdir(tmp_path)
+    rows = sorted(read_json_lines(CLAIMS_DIR / "train.jsonl"), key=lambda row: len(json.dumps(row)))[:60]
+    rows, swapped, copied = plant(rows, 6, random.Random(0))
+    Path("records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    findings = audit(epochs=1)
+    assert precision_at(findings, "label_error", swapped) >= 0.5
+    assert precision_at(findings, "unsupported_identifier", swapped) == 1.0
+    assert precision_at(findings, "near_duplicate", copied) == 1.0

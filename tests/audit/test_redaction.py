@@ -1,5 +1,7 @@
 """Redaction: consistent placeholders, and no planted identifier in any byte that a run writes or prints."""
 
+import csv
+import gzip
 import json
 import os
 import sys
@@ -7,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from pyarrow import parquet
 
@@ -14,7 +17,7 @@ from lit_phi2.audit.identifiers import KINDS
 from lit_phi2.audit.redaction import redact
 from lit_phi2.cli.main import main
 from lit_phi2.data import cache
-from lit_phi2.data.records import Record
+from lit_phi2.data.records import ReadOptions, Record, iter_records
 from lit_phi2.generation.ngrams import NgramIndex
 from lit_phi2.pretrained import load_tokenizer, resolve_base_model
 from lit_phi2.training.draft_index import INDEX_FILE
@@ -58,6 +61,63 @@ def test_an_unknown_kind_is_refused_with_those_that_exist(capsys: pytest.Capture
     assert "data.redact: 'fone' is unknown; expected all, or some of email, mbi, ssn," in message
 
 
+def in_every_form(number: int, text: str) -> dict[str, dict[str, Any]]:
+    """A record with the text in every part of it, in each form, by the name of the form."""
+    record_id, answer = f"{number}: {text}", f"About {text}."
+    turns = [f"Be brief: {text}", f"Why? {text}", answer]
+    roles = zip(("system", "user", "assistant"), ("system", "human", "gpt"), turns, strict=True)
+    messages, conversations = zip(
+        *(({"role": role, "content": turn}, {"from": name, "value": turn}) for role, name, turn in roles), strict=True
+    )
+    return {
+        "alpaca": {"id": record_id, "instruction": f"Why? {text}", "input": text, "output": answer},
+        "dolly": {"id": record_id, "instruction": text, "context": text, "response": answer, "category": text},
+        "prompt": {"id": record_id, "prompt": f"Why? {text}", "completion": answer},
+        "messages": {"id": record_id, "messages": list(messages)},
+        "conversations": {"id": record_id, "conversations": list(conversations)},
+    }
+
+
+def write_file(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows in the format of the file's name; a cell of a table holds lists as JSON."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerow(rows[0])
+            writer.writerows(
+                [cell if isinstance(cell, str) else json.dumps(cell) for cell in row.values()] for row in rows
+            )
+    else:
+        content = (json.dumps(rows) if path.suffix == ".json" else lines).encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz")
+FORMS = tuple(in_every_form(0, ""))
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
+def test_no_format_or_form_brings_an_identifier_in(form: str, ending: str, tmp_path: Path) -> None:
+    """The reference is the same file read without redaction, whose records hold all of them."""
+    rows = [
+        in_every_form(number, words.format(value))[form]
+        for number, (words, value) in enumerate(each for planted in PLANTED.values() for each in planted)
+    ]
+    path = tmp_path / f"records{ending}"
+    write_file(path, rows)
+    contents = []
+    for kinds in ((), KINDS):
+        records = list(iter_records([str(path)], ReadOptions(redact=kinds), needs_response=True))
+        assert [type(record) for record in records] == [Record] * len(rows)
+        contents.append("\n".join(map(str, records)))
+    assert all(repr(value)[1:-1] in contents[0] for value in VALUES)
+    assert [value for value in VALUES if value in contents[1] or repr(value)[1:-1] in contents[1]] == []
+
+
 @pytest.fixture
 def planted_file(tmp_path: Path) -> Path:
     """A record for each planted value, which is in every field of it; after plain ones, and before faulty ones."""
@@ -83,12 +143,19 @@ def planted_file(tmp_path: Path) -> Path:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path = tmp_path / "given.jsonl"
     path.write_text("\n".join([*lines, f'{{"instruction": "{everything}'.replace("\n", " ")]) + "\n", "utf-8")
+    for form, ending in zip(FORMS, (".parquet", ".csv", ".json", ".jsonl.gz", ".tsv"), strict=True):
+        texts = [" ".join(words.format(value) for words, value in planted[:2]) for planted in PLANTED.values()]
+        write_file(tmp_path / f"{form}{ending}", [in_every_form(n, text)[form] for n, text in enumerate(texts)])
     return path
 
 
 def run(phi_dir: Path, path: Path, *arguments: str, **settings: str) -> None:
     splits = ("train", "val", "test", "predict") if str(path) != "-" else ("predict",)
-    files = [f"--data.{split}_files={path}" for split in splits]
+    sources = str(path)
+    if path.name == "given.jsonl":
+        others = [next(path.parent.glob(f"{form}.*")) for form in FORMS]
+        sources = f"[{', '.join(map(str, [path, *others]))}]"
+    files = [f"--data.{split}_files={sources}" for split in splits]
     defaults = {
         "model.base": str(phi_dir),
         "model.dtype": "float32",

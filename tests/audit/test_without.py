@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 
 from audit.conftest import RUN
 from helpers import new_data, new_module, new_trainer, weights_of
+from lit_phi2.audit.leakage import membership
 from lit_phi2.cli.main import main
 from lit_phi2.data import cache
 from lit_phi2.errors import InputError
+from lit_phi2.training.auditing import measure
 
 Rows = list[dict[str, str]]
 
@@ -52,6 +55,30 @@ def test_it_is_bit_equal_to_a_run_that_never_saw_them(
     left_out = [(row["line"], row["id"], row["uses"]) for row in rows if row["left_out"]]
     assert left_out == [(1, None, []), (5, None, []), (9, None, []), (14, None, [])]
     assert not (run_dir / "rejected.jsonl").exists()
+
+
+def test_what_was_forgotten_scores_as_what_was_never_seen(
+    base: Any, write_jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Responses are random digits. An overfit run tells all of its records from val; without some, not these."""
+    generator = random.Random(0)
+    texts = [(f"Number {n}?", f"{generator.randrange(10**6):06d}") for n in range(40)]
+    rows = [{"id": f"r{n}", "instruction": question, "response": digits} for n, (question, digits) in enumerate(texts)]
+    files = {"val_files": str(write_jsonl(rows[24:], "val.jsonl"))}
+    train, forgotten = write_jsonl(rows[:24], "train.jsonl"), write_jsonl(rows[:12], "forgotten.jsonl")
+    (tmp_path / "ids.txt").write_text("\n".join(row["id"] for row in rows[:12]))
+    aucs = []
+    for without in (None, str(tmp_path / "ids.txt")):
+        module = new_module(base.folder, lora_r=16, lora_alpha=32, learning_rate=0.03)
+        trainer = new_trainer(tmp_path / f"runs {without is None}", keep=True, max_epochs=12, limit_val_batches=0)
+        trainer.fit(module, new_data(base.folder, train, without=without, packing=False, batch_size=8, **files))
+        data = new_data(base.folder, forgotten, **files)
+        data.setup("fit")
+        audited = measure(module, data)
+        drops = audited.base - audited.adapter
+        aucs.append(membership(drops[:12], drops[12:])["auc"])
+    assert aucs[0].low > 0.9
+    assert aucs[1].low < 0.5 < aucs[1].high
 
 
 def test_ids_of_no_record_are_refused_by_line_alone(base: Any, train_file: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from helpers import digest_of_tensors
 from lit_phi2.cli.main import main
 
 Fit = Callable[..., int]
@@ -32,8 +33,8 @@ def test_every_subcommand_runs_from_the_saved_config(
     assert main(["predict", "--config", str(config), "--ckpt_path", f"{RUN}/adapter", *files]) == 0
     assert len(Path(RUN, "predictions.jsonl").read_text().splitlines()) == 12
     assert main(["export", "--config", str(config), "--ckpt_path", "best", "--output_dir", "out"]) == 0
-    exported, saved = (Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("out", f"{RUN}/adapter"))
-    assert exported == saved
+    weights = [Path(folder, "adapter_model.safetensors") for folder in ("out", f"{RUN}/adapter")]
+    assert digest_of_tensors(weights[0]) == digest_of_tensors(weights[1])
     assert main(["export", "--ckpt_path", RUN, "--output_dir", str(config)]) == 2
     assert main(["fit", "--config", str(config)]) == 0
     assert Path("runs/small/version_1/checkpoints/last.ckpt").is_file()

@@ -194,16 +194,17 @@ def test_a_changed_file_of_equal_size_and_mtime_is_read_again(new_data: NewData,
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Functions replace the hub client: a dataset of one record at a revision; None means that there is no network."""
     state: dict[str, str | None] = {"sha": "a1"}
+    monkeypatch.setattr("lit_phi2.data.sources._revisions", {})
 
     def dataset_info(self: object, repo_id: str, **_: object) -> SimpleNamespace:
         if state["sha"] is None:
             raise ConnectionError("no route")
         return SimpleNamespace(sha=state["sha"])
 
-    def load_dataset(path: str, **_: object) -> Iterator[dict[str, str]]:
+    def load_dataset(path: str, revision: str | None, **_: object) -> Iterator[dict[str, str]]:
         if state["sha"] is None:
             raise ConnectionError("no route")
-        return iter([{"id": "h", "instruction": "Why?", "response": f"At {state['sha']}."}])
+        return iter([{"id": "h", "instruction": "Why?", "response": f"At {revision or state['sha']}."}])
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -230,6 +231,22 @@ def test_a_hub_dataset_is_read_again_when_it_changes(
     assert first_response() == "At b2."
     with pytest.raises(InputError, match=r"hub:acme/claims: .*ConnectionError"):
         new_data(predict_files=files, max_new_tokens=300).setup("predict")  # another limit, which is not cached
+
+
+@pytest.mark.usefixtures("large")
+def test_the_rows_of_a_hub_dataset_are_those_of_its_key(
+    hub: dict[str, str | None], new_data: NewData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody changes the dataset after its revision is asked for, and before its rows are read."""
+
+    def dataset_info(self: object, repo_id: str, **_: object) -> SimpleNamespace:
+        hub["sha"] = "b2"
+        return SimpleNamespace(sha="a1")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    data = new_data(predict_files=["hub:acme/claims", str(write_claims(tmp_path, 300))])
+    data.setup("predict")
+    assert data.splits["predict"].records[0].response == "At a1."
 
 
 @pytest.mark.parametrize(("name", "large"), [("a.jsonl", False), ("a.jsonl.gz", True), ("A.JSONL.ZST", True)])

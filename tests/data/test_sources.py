@@ -256,7 +256,7 @@ def test_a_hub_dataset_is_streamed(source: str, name: str, split: str, monkeypat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     records, invalid = read(source)
-    assert calls == [(name, {"split": split, "streaming": True})]
+    assert calls == [(name, {"split": split, "revision": None, "streaming": True})]
     assert texts(records) == [("g", "Why?", "Code 97", "Because.")]
     assert [record.location for record in invalid] == [f"{source}:2"]
 

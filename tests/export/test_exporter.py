@@ -1,5 +1,6 @@
 """An export as a whole: complete or absent, checked or refused, described, and loaded by its own command."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from helpers import ROOT
 from lit_phi2.adapters.adapter import Adapter, check_adapter
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.adapters.peft_format import save_adapter
+from lit_phi2.audit.verify import verify_files
 from lit_phi2.errors import InputError
 from lit_phi2.export.card import CardFacts
 from lit_phi2.export.commands import load_command
@@ -81,6 +83,26 @@ def test_no_export_names_a_path_of_this_machine(
         content = path.read_bytes() if path.is_file() else b""
         assert str(tmp_path).encode() not in content, path.name
         assert str(export_base.folder.parent).encode() not in content, path.name
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize(("format", "name"), [("gguf", "adapter.gguf"), ("gguf-merged", "model-f16.gguf")])
+def test_a_gguf_export_carries_its_provenance(
+    format: str, name: str, export_base: BaseModel, adapter: Adapter, tmp_path: Path
+) -> None:
+    """The reference reads the key with the package gguf."""
+    from gguf import GGUFReader
+
+    folder = export_to(tmp_path / "out", adapter, export_base, format)
+    statement = json.loads((folder / "provenance.json").read_text())
+    embedded = json.loads(GGUFReader(folder / name).fields["lit_phi2.provenance"].contents())
+    digest = hashlib.sha256(json.dumps(statement["predicate"], sort_keys=True).encode()).hexdigest()
+    assert embedded["predicate_sha256"] == digest
+    assert embedded["digests"]["base weights"] == export_base.digest.split("-")[2]
+    assert not any(finding.is_fault for finding in verify_files(folder, statement, None))
+    statement["predicate"]["export"]["dtype"] = "another"
+    faults = [finding for finding in verify_files(folder, statement, None) if finding.is_fault]
+    assert [(fault.name, fault.detail) for fault in faults] == [("provenance.json", f"{name} was written with another")]
 
 
 def test_an_export_without_a_path_still_tells_its_base(

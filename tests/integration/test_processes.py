@@ -6,6 +6,7 @@ the others are forked instead, which takes no imports, and torchrun's agent and 
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,26 @@ def test_a_dead_process_is_reported_before_the_run_is_killed(
     assert subprocess_script._ChildProcessObserver(12345, [dead])._run()
     assert kills == [(12345, signal.SIGKILL)]
     assert "error: another process of this run died. The last checkpoint is intact" in capsys.readouterr().err
+
+
+def test_all_ranks_refuse_what_rank_zero_refuses(single_process: Commands, commands: Commands, tmp_path: Path) -> None:
+    """Two processes without an agent that would end the second, which would otherwise wait for the first."""
+    run_dir = tmp_path / "changed"
+    shutil.copytree(single_process.version, run_dir)
+    with (run_dir / "config.yaml").open("a") as file:
+        file.write("# changed\n")
+    for subcommand in ("test", "fit"):
+        checkpoint = run_dir / "checkpoints" / "last.ckpt"
+        flags = commands.arguments(subcommand, windows_of(2), "--trainer.devices=2", f"--ckpt_path={checkpoint}")
+        port = str(unused_port())
+        ranks = []
+        for rank in ("0", "1"):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": "2"}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+            ranks.append(start(flags, commands.log(), variables=variables))
+        assert [rank.wait(120) for rank in ranks] == [2, 2], [rank.output for rank in ranks]
+        assert "config.yaml changed since provenance.json was written" in ranks[0].output
+        assert "error" not in ranks[1].output
 
 
 def test_strategies_other_than_ddp_are_refused(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:

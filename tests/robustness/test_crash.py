@@ -17,5 +17,5 @@ def test_a_run_killed_repeatedly_ends_in_the_same_bytes(claims_phi_dir: Path, tm
     *_, last = (line for line in result.output.splitlines() if line.startswith("run "))
     assert "equal" in last
     kills = {phase: int(count) for count, phase in re.findall(r"(\d+) in (\w+)", last)}
-    phases = ("step", "window", "validation", "checkpoint", "export", "completions", "predictions")
+    phases = ("step", "window", "validation", "checkpoint", "ledger", "export", "completions", "predictions")
     assert kills == dict.fromkeys(phases, 1)

@@ -39,6 +39,7 @@ STEP_SIZES = {
         "gpu_parts.prediction",
         "gpu_parts.settings",
         "profiles.step",
+        "record_audit",
     ],
 )
 def test_the_examples_in_docstrings_hold(name: str) -> None:
@@ -62,6 +63,7 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
         "gpu_check",
         "plots",
         "profiling",
+        "record_audit",
         "screenshot",
         "sweep",
     ],

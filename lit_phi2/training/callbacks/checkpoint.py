@@ -30,9 +30,10 @@ from lit_phi2.adapters.peft_format import ADAPTER_FILES, save_adapter
 from lit_phi2.audit.ledger import LEDGER_FILE
 from lit_phi2.audit.provenance import (
     CONFIG_FILE,
+    PROVENANCE_FILE,
     adapter_predicate,
+    embedded_metadata,
     run_predicate,
-    safetensors_metadata,
     write_provenance,
 )
 from lit_phi2.errors import RunInterrupted
@@ -166,7 +167,7 @@ class AdapterCheckpoint(Checkpoint):
         else:
             adapter = pl_module.trained_adapter()
             predicate = adapter_predicate(adapter, adapter.base)
-        save_adapter(adapter, self.folder / "adapter", safetensors_metadata(predicate))
+        save_adapter(adapter, self.folder / "adapter", embedded_metadata(predicate))
         write_provenance(self.folder / "adapter", predicate, ADAPTER_FILES)
         names = [f"adapter/{name}" for name in ADAPTER_FILES]
         others = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", CONFIG_FILE, LEDGER_FILE)
@@ -207,6 +208,8 @@ class AdapterCheckpoint(Checkpoint):
         """Write best.ckpt before last.ckpt: after a kill between them, the older last.ckpt finds the best again."""
         for logger in trainer.loggers:
             logger.save()  # a resumed run does not write the scalars up to this step again
+        if trainer.is_global_zero:
+            (self.folder / PROVENANCE_FILE).unlink(missing_ok=True)  # of an earlier end; export writes it again
         first, second = (self.best, self.last) if self._is_best else (self.last, None)
         trainer.save_checkpoint(first, weights_only=False)  # rank 0 writes, the other ranks wait
         if second is not None and trainer.is_global_zero:
