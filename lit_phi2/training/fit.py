@@ -34,6 +34,7 @@ from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.program_config import program_config
 from lit_phi2.training.protocols import TrainingData
 from lit_phi2.training.rejected import write_rejected
+from lit_phi2.training.reporting import write_report
 from lit_phi2.training.resume import check_resumable, repeated_outputs
 from lit_phi2.training.run_folder import broadcast_run_dir, locked, open_run_dir
 from lit_phi2.training.tensorboard import StrictTensorBoardLogger, truncate_events
@@ -160,6 +161,7 @@ class FitTrainer(pl.Trainer):
         if checkpoints is not None:
             checkpoints.export(self, model)
             log.info("adapter: %s", run_dir / "adapter")
+        write_report(self, run_dir)
 
     # Steps that subcommands share
 
