@@ -41,9 +41,9 @@ def write_report(folder: Path, file: Path) -> None:
 
 def render(content: Content) -> str:
     """The page as HTML."""
-    return _template().render(
-        page=content, style=Markup((_FOLDER / "style.css").read_text("utf-8")), version=__version__
-    )
+    examples = {"placeholder": "[CLAIM_NUMBER_1]", "override": "\u202e"}  # Jinja passes no constant through to_html
+    style = Markup((_FOLDER / "style.css").read_text("utf-8"))
+    return _template().render(page=content, style=style, version=__version__, **examples)
 
 
 @functools.cache

@@ -133,7 +133,8 @@ def test_a_full_disk_ends_fit_with_one_line_and_a_whole_ckpt(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         stderr = capsys.readouterr().err
-        assert (code, "Traceback" in stderr) == (1, False), (name, stderr)
+        expected_code = 0 if name == "report.html" else 1  # a page is no reason to lose a fit
+        assert (code, "Traceback" in stderr) == (expected_code, False), (name, stderr)
         assert "File too large" in stderr, (name, stderr)
         newest = max((tmp_path / "runs" / "small").iterdir(), key=lambda run: int(run.name.rpartition("_")[2]))
         for checkpoint in (newest / "checkpoints").glob("*"):
