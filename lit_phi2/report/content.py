@@ -229,23 +229,23 @@ def _edges(low: int, high: int, most: int = 32) -> Any:
     """Edges of at most so many bins of equal, whole width.
 
     >>> _edges(0, 100, most=10).tolist()
-    [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110]
+    [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
     """
     width = max(1, -(-(high - low) // most))
-    return np.arange(low, high + width + 1, width)
+    return np.arange(low, high + width, width)  # a histogram's last bin has both of its edges
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """The settings by section; those that are null have no effect and are left out."""
+    for section in ("model", "data", "trainer", "checkpoint"):
+        values = config.get(section)
+        if isinstance(values, dict):
+            yield section, [(name, _setting(value)) for name, value in values.items() if value is not None]
     plain = [
         (name, _setting(value)) for name, value in config.items() if not isinstance(value, dict) and value is not None
     ]
     if plain:
         yield "run", plain
-    for section in ("model", "data", "trainer", "checkpoint"):
-        values = config.get(section)
-        if isinstance(values, dict):
-            yield section, [(name, _setting(value)) for name, value in values.items() if value is not None]
 
 
 def _setting(value: Any) -> str:
