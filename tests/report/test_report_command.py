@@ -1,6 +1,8 @@
 """The subcommand report, and the page that fit and test leave."""
 
 import json
+import logging
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,28 @@ def test_a_page_that_fails_loses_no_fit(
     assert (RUN / "adapter" / "adapter_model.safetensors").is_file()
     assert (RUN / "provenance.json").is_file()
     assert not (RUN / "report.html").exists()
+
+
+def test_a_full_disk_is_one_line_of_the_log(
+    new_run: Callable[..., Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on file size simulates the disk."""
+    monkeypatch.setattr(logging.getLogger("lit_phi2"), "propagate", True)  # which the command line turns off
+    folder = new_run()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        write_report(RankZero(), folder)  # type: ignore[arg-type]  # what it needs of a Trainer
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (record,) = caplog.records
+    assert "report: not written" in record.getMessage()
+    assert "File too large" in record.getMessage()
+    assert not (folder / "report.html").exists()
+
+
+class RankZero:
+    is_global_zero = True
 
 
 class OtherRank:
