@@ -52,7 +52,7 @@ def run_predicate(checkpoint: Mapping[str, Any], run_dir: Path) -> dict[str, Any
         run_dir: the folder of its run, whose config, ledger, metrics and audits are named where it has them.
     """
     state, run = checkpoint["lit_phi2"], checkpoint["lit_phi2"]["run"]
-    config = _read_config(run_dir / CONFIG_FILE)
+    config = read_config(run_dir / CONFIG_FILE)
     dependencies = _base_dependencies(state["base"], state["base_revision"], state["base_digest"])
     dependencies.append(_template(state["template_version"], state.get("template_digest", "")))
     dependencies += [
@@ -63,7 +63,7 @@ def run_predicate(checkpoint: Mapping[str, Any], run_dir: Path) -> dict[str, Any
     predicate = {
         "buildDefinition": {
             "buildType": "urn:lit_phi2:fit:v1",
-            "externalParameters": _public_config(config, state["base_revision"]),
+            "externalParameters": public_config(config, state["base_revision"]),
             "internalParameters": {"settings": dict(run), "environment": dict(state["environment"])},
             "resolvedDependencies": dependencies,
         },
@@ -152,7 +152,7 @@ def code_digest() -> str:
     return sha256.hexdigest()
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # no run, or a file that was edited: its digest tells
@@ -160,10 +160,10 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _public_config(config: Mapping[str, Any], base_revision: str) -> dict[str, Any]:
+def public_config(config: Mapping[str, Any], base_revision: str) -> dict[str, Any]:
     """A config without paths; a base without a revision is a folder, also where its path looks like a hub id.
 
-    >>> _public_config({"model": {"base": "bases/phi-2"}}, "")
+    >>> public_config({"model": {"base": "bases/phi-2"}}, "")
     {'model': {'base': 'phi-2'}}
     """
     public: dict[str, Any] = _without_paths(config)

@@ -167,6 +167,9 @@ class CLI(LightningCLI):
         if self.subcommand == "verify" and (expand_user(name, "--ckpt_path") / PROVENANCE_FILE).is_file():
             config.ckpt_path = str(expand_user(name, "--ckpt_path"))  # as a whole: an export, or the folder of a run
             return
+        if self.subcommand == "report" and expand_user(name, "--ckpt_path").is_dir():
+            config.ckpt_path = str(expand_user(name, "--ckpt_path"))  # a run that has no checkpoint yet has a page, too
+            return
         root = Path(config.trainer.default_root_dir)
         prefer = "last" if self.subcommand == "fit" else "best"
         checkpoint = find_checkpoint(name, root, config.run_name, prefer=prefer)

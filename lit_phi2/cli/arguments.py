@@ -37,7 +37,7 @@ ALLOWED_CLASSES = (
 )
 ALLOWED_CLASS_NAMES = tuple(c.__name__ for c in ALLOWED_CLASSES if not issubclass(c, callbacks.Checkpoint))
 
-OF_ONE_RUN = ("verify",)  # subcommands that take the config of the run by default
+OF_ONE_RUN = ("verify", "report")  # subcommands that take the config of the run by default
 
 
 def configs_first(arguments: Sequence[str]) -> list[str]:
@@ -52,7 +52,7 @@ def configs_first(arguments: Sequence[str]) -> list[str]:
 
 
 def with_run_config(arguments: Sequence[str]) -> list[str]:
-    """The arguments of verify, with the config of the run that --ckpt_path is in, unless a config is given.
+    """The arguments of verify and report, with the config of the run that --ckpt_path is in, unless a config is given.
 
     Args:
         arguments: after `configs_first`.

@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "export": "Write an adapter, or the merged model, for another runtime, and check it there.",
     "audit": "Rank suspect training records by path:line, or measure how far an adapter gives its records away.",
     "verify": "Check a run, an adapter or an export, or look up which records were trained on.",
+    "report": "Write one page about a run: curves, metrics, completions, audits, settings, provenance.",
 }
 _OTHER_NAMES = {
     "fit": "train training finetune fine-tune fine_tune tune learn run start resume continue",
@@ -31,6 +32,7 @@ _OTHER_NAMES = {
     "export": "save convert merge write",
     "audit": "clean dedup duplicates labels leakage",
     "verify": "provenance ledger check sign signature replay reproduce",
+    "report": "html page dashboard summary plot curves",
 }
 _HELP = """\
 usage: lit-phi2 SUBCOMMAND [--config FILE ...] [--KEY VALUE ...]

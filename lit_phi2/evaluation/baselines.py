@@ -11,10 +11,10 @@ fraction of completions that end with the EOS token and were not cut at max_new_
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lit_phi2.data.records import Record
-from lit_phi2.evaluation.metrics import bootstrap, score_completions, summarize
+from lit_phi2.evaluation.metrics import CompletionScores, bootstrap, score_completions, summarize
 from lit_phi2.evaluation.table import Table
 
 MAX_SIMILARITIES = 2**20  # computed at a time: 20 bytes each, once in CSR form and once dense
@@ -23,7 +23,10 @@ _WORD = r"\w+"
 
 
 def compare_with_baselines(
-    records: Sequence[Record], completions: dict[str, tuple[list[str], list[bool]]], train: Sequence[Record]
+    records: Sequence[Record],
+    completions: dict[str, tuple[list[str], list[bool]]],
+    train: Sequence[Record],
+    scores: Mapping[str, Sequence[CompletionScores]] | None = None,
 ) -> Table:
     """Metrics of every system that completed the records, and of the two baselines.
 
@@ -31,13 +34,14 @@ def compare_with_baselines(
         records: the test records; their responses are the references.
         completions: system -> its completions, and whether each ended with the EOS token.
         train: the training records for `nearest`, which is left out if there are none.
+        scores: of the completions, by system; None computes them.
 
     Returns:
         The systems in their order, then `copy_prompt`, then `nearest`.
     """
     columns: Table = {}
     for name, (texts, ended) in completions.items():
-        columns[name] = summarize(records, score_completions(records, texts))
+        columns[name] = summarize(records, scores[name] if scores else score_completions(records, texts))
         columns[name]["eos_rate"] = bootstrap([float(has_eos) for has_eos in ended])
     prompts = [_prompt(record) for record in records]
     columns["copy_prompt"] = summarize(records, score_completions(records, prompts))

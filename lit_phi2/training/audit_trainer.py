@@ -2,25 +2,31 @@
 
 audit       suspect records by path:line; how far records of train can be told from others
 verify      files, base, data and signature against provenance.json; records against the ledger
+report      one page about a run
 """
 
+import logging
 from pathlib import Path
 
 from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance, provenance_folders
 from lit_phi2.data.datamodule import ClaimsDataModule
+from lit_phi2.report.page import write_report
 from lit_phi2.training.auditing import RECORDS_FILE, audit_leakage, audit_split_records, check_audit
 from lit_phi2.training.fit import FitTrainer
 from lit_phi2.training.module import LitPhi2
+from lit_phi2.training.reporting import report_file, reported_folder
 from lit_phi2.training.run_folder import check_writable, on_rank_zero
 from lit_phi2.training.verifying import print_record_uses, print_verification
 from lit_phi2.utils.paths import expand_user, run_dir_of
 from lit_phi2.utils.signals import stop_request
 
+log = logging.getLogger(__name__)
+
 _STOPPED = "stopped. Nothing was written."
 
 
 class AuditTrainer(FitTrainer):
-    """FitTrainer with audit and verify."""
+    """FitTrainer with audit, verify and report."""
 
     def verify(
         self,
@@ -85,6 +91,25 @@ class AuditTrainer(FitTrainer):
             audit_leakage(model, datamodule, folder, max_auc)
         else:
             audit_split_records(model, datamodule, folder)
+
+    def report(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str, output: str | None = None) -> None:
+        """Write one page about a run: curves, metrics, completions, audits, settings, provenance.
+
+        Args:
+            model: from the config.
+            datamodule: from the config.
+            ckpt_path: the run: its folder, a .ckpt or its adapter folder, `last` or `best`.
+            output: an .html file; by default report.html in the run's folder.
+        """
+        if not self.is_global_zero:
+            return
+        stop_request.message = _STOPPED
+        folder = reported_folder(Path(ckpt_path))
+        file = report_file(output, folder)
+        check_writable(file, f"--output {file}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_report(folder, file)
+        log.info("report: %s", file)
 
     # Steps that subcommands share
 

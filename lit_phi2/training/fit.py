@@ -35,6 +35,7 @@ from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.program_config import program_config
 from lit_phi2.training.protocols import TrainingData
 from lit_phi2.training.rejected import write_rejected
+from lit_phi2.training.reporting import write_report
 from lit_phi2.training.resume import check_resumable, repeated_outputs
 from lit_phi2.training.run_folder import broadcast_run_dir, locked, on_rank_zero, open_run_dir
 from lit_phi2.training.tensorboard import StrictTensorBoardLogger, truncate_events
@@ -159,6 +160,7 @@ class FitTrainer(pl.Trainer):
         if checkpoints is not None:
             checkpoints.export(self, model)
             log.info("adapter: %s", run_dir / "adapter")
+        write_report(self, run_dir)
 
     def _prepare_folder(self, run_dir: Path, datamodule: ClaimsDataModule) -> None:
         check_provenance(run_dir)

@@ -6,6 +6,7 @@
     export      the adapter of a checkpoint for another runtime, checked there
     audit       suspect records by path:line; how far records of train can be told from others
     verify      files, base, data and signature against provenance.json; records against the ledger
+    report      one page about a run
 
 The CLI makes its flags from the signatures of these methods, and its help from their docstrings.
 """
@@ -31,8 +32,9 @@ from lit_phi2.training.ledger import write_test_ledger
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.output_files import STDOUT, check_format, check_streams, reads_stdin
 from lit_phi2.training.protocols import tokenizer_of
+from lit_phi2.training.reporting import write_report
 from lit_phi2.training.run_folder import check_writable, locked, partial_file
-from lit_phi2.training.scoring import score_test_completions
+from lit_phi2.training.scoring import score_test_completions, write_test_completions
 from lit_phi2.training.streaming import print_completion, print_predictions
 from lit_phi2.utils.console import print_text
 from lit_phi2.utils.files import atomic_write
@@ -100,7 +102,7 @@ class Trainer(AuditTrainer):
             return
         if self._is_limited(self.limit_test_batches, len(datamodule.test_dataloader())):
             file = partial_file(file)
-        table = score_test_completions(collector.completions, datamodule, max_completions)
+        table, rows = score_test_completions(collector.completions, datamodule, max_completions)
         for name, interval in next(iter(without_groups(table).values()), {}).items():
             if not name.startswith("category "):  # categories are in the table and in the file
                 metrics[metric_name(name)] = interval.mean
@@ -108,8 +110,10 @@ class Trainer(AuditTrainer):
         if table:
             print_text("\n" + format_table(without_groups(table)))
         atomic_write(file, json.dumps(metrics | {"completions": to_dict(table)}, indent=2) + "\n")
+        write_test_completions(file, rows)
         log.info("test metrics: %s", file)
         write_test_ledger(self, file.parent)
+        write_report(self, file.parent)
 
     def predict(
         self,

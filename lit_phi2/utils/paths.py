@@ -3,7 +3,7 @@
     runs/tiny/version_0/      config.yaml  events.out.tfevents*  samples.jsonl  predictions.jsonl  drafts.npz
         checkpoints/          last.ckpt  best.ckpt
         adapter/              PEFT form
-        ledger.parquet, ledger_key.json, provenance.json
+        ledger.parquet, ledger_key.json, provenance.json, report.html
 
     last, best                -> that checkpoint of the newest run of this run_name
     a .ckpt or .gguf file     -> itself

@@ -22,8 +22,8 @@ except ImportError:  # a bare machine has pip's copy
     from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parents[2]
-# Compiled for a driver (torch and its dependencies), or not needed at run time (linters, types, plots).
-NOT_COLLECTED = re.compile(r"torch|triton|nvidia-.*|mypy|mypy-extensions|ruff|types-.*|matplotlib|pre-commit")
+# Compiled for a driver (torch and its dependencies), or not needed at run time (linters, types).
+NOT_COLLECTED = re.compile(r"torch|triton|nvidia-.*|mypy|mypy-extensions|ruff|types-.*|pre-commit")
 INSTALL_LIMIT = 60.0  # seconds
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")  # pip matches exactly
 

@@ -122,7 +122,8 @@ def test_a_full_disk_ends_fit_with_one_line_and_a_whole_ckpt(
     settings = [*arguments, "--data.packing=false", "--checkpoint.every_n_steps=2"]
     assert main(["fit", *settings]) == 0
     whole = tmp_path / "runs" / "small" / "version_0"
-    sizes = {path.stat().st_size: path.name for path in whole.rglob("*") if path.is_file()}
+    written = [path for path in whole.rglob("*") if path.is_file() and path.name != "report.html"]  # which may fail
+    sizes = {path.stat().st_size: path.name for path in written}
     assert len(sizes) >= 6
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size, name in sorted(sizes.items()):

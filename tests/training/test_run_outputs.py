@@ -45,6 +45,7 @@ def test_a_run_writes_scalars_samples_checkpoints_and_adapter(
         "ledger.parquet",
         "ledger_key.json",
         "provenance.json",
+        "report.html",
         "samples.jsonl",
         next(folder.glob("events.out.tfevents*")).name,
     }

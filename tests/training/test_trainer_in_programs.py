@@ -47,7 +47,7 @@ def test_a_trainer_without_arguments_has_the_commands_defaults(new: Callable[...
     assert {path.name for path in tmp_path.iterdir()} - {"records.jsonl"} == {"run"}
     folder = tmp_path / "run" / "version_0"
     names = {path.name.partition(".tfevents")[0] for path in folder.iterdir() if path.suffix != ".lock"}
-    audited = {"ledger.parquet", "ledger_key.json", "provenance.json"}
+    audited = {"ledger.parquet", "ledger_key.json", "provenance.json", "report.html"}
     assert names == {"adapter", "checkpoints", "config.yaml", "drafts.npz", "samples.jsonl", "events.out", *audited}
     steps = [json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert steps == [0] * 4 + [12] * 4, "the base is measured before training"
