@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,28 +107,27 @@ def time_growth(folder: Path, source: str, counts: list[int], parts: list[str]) 
 
 
 def write_records(file: Path, source: str, count: int) -> None:
-    """Packaged records in turn, each with a claim number of its own, and the same ones with their words shuffled."""
+    """Packaged records in turn, each with a claim number of its own."""
     from lit_phi2.data.records import ReadOptions, read_records
 
     records, _ = read_records([source], ReadOptions(), needs_response=True)
-    with file.open("w", encoding="utf-8") as plain, shuffled_file(str(file)).open("w", encoding="utf-8") as shuffled:
+    with file.open("w", encoding="utf-8") as plain:
         for number in range(count):
             record = records[number % len(records)]
             row = {"id": f"r-{number}", "instruction": f"{record.instruction} Claim CLM-2024-{number:07d}."}
             row |= {"input": record.input, "response": record.response}
             plain.write(json.dumps(row) + "\n")
-            texts = [" ".join(shuffled_words(row[name], number)) for name in ("instruction", "input", "response")]
-            shuffled.write(json.dumps(texts) + "\n")
 
 
-def shuffled_file(file: str) -> Path:
-    return Path(file).with_suffix(".shuffled")
+def read_rows(file: str) -> Iterator[dict[str, str]]:
+    with open(file, encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
-def shuffled_words(text: str, seed: int) -> list[str]:
+def shuffled(text: str, seed: int) -> str:
     words = text.split()
     random.Random(seed).shuffle(words)
-    return words
+    return " ".join(words)
 
 
 def inspect(file: str, *more: str) -> float:
@@ -150,10 +149,7 @@ def redaction(file: str) -> float:
     """Of `redact` alone, every kind."""
     from lit_phi2.audit.redaction import check_kinds, redact
 
-    texts = [
-        [row["instruction"], row["input"], row["response"]]
-        for row in map(json.loads, Path(file).read_text("utf-8").splitlines())
-    ]
+    texts = [[row["instruction"], row["input"], row["response"]] for row in read_rows(file)]
     kinds = check_kinds("all", "data.redact")
     return cpu_seconds(lambda: [redact(each, kinds) for each in texts])
 
@@ -180,7 +176,10 @@ def duplicates(file: str) -> float:
     """Of the search of `audit --what records`."""
     from lit_phi2.audit.duplicates import near_duplicates
 
-    texts = [" ".join(json.loads(line)) for line in shuffled_file(file).read_text("utf-8").splitlines()]
+    texts = [
+        shuffled(f"{row['instruction']} {row['input']} {row['response']}", number)
+        for number, row in enumerate(read_rows(file))
+    ]
     return cpu_seconds(lambda: near_duplicates(texts, 0.7))
 
 
