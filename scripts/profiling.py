@@ -7,6 +7,7 @@
     python scripts/profiling.py matmul --base FOLDER                  float32, and bfloat16 by torch and by lit_phi2
     python scripts/profiling.py compile --base FOLDER                 steps with torch.compile and without
     python scripts/profiling.py scale --records FILE                  time and memory, by number of records
+    python scripts/profiling.py ledger --counts 100000 10000000       the same of the ledger
 
 The numbers are of one machine at one time: compare those of one run only.
 """
@@ -14,7 +15,7 @@ The numbers are of one machine at one time: compare those of one run only.
 import argparse
 from pathlib import Path
 
-from profiles import data, startup, step
+from profiles import data, ledger, startup, step
 
 PROFILES = {
     "encode": data.encoding,
@@ -24,6 +25,7 @@ PROFILES = {
     "matmul": step.matmul,
     "compile": step.compiled,
     "scale": data.scale,
+    "ledger": ledger.ledger,
 }
 
 
@@ -37,7 +39,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=(128, 256, 512, 1024, 2048), help="of sizes")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 2, 4, 8), help="of sizes: rows")
-    parser.add_argument("--counts", type=int, nargs="+", default=(10**4, 10**5, 10**6), help="of scale: records")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=(10**4, 10**5, 10**6), help="of scale, ledger: records"
+    )
     parser.add_argument("--schedule-only", type=int, default=10**7, help="of scale: records that are scheduled only")
     parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl", help="of scale")
     parser.add_argument("--output", type=Path, help="of sizes: a JSON file for scripts/plots.py")

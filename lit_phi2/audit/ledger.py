@@ -12,7 +12,6 @@ undisturbed one. The supervised tokens of the rows that share a step add up to `
 Records are written in groups, and the steps of all epochs wait on disk, so that memory holds those of one epoch.
 """
 
-import hashlib
 import hmac
 import json
 import os
@@ -100,7 +99,7 @@ def read_key(folder: Path) -> dict[str, Any]:
 
 def salted(digest: str, salt: str) -> bytes:
     """A digest of `data/identity.py` as the ledger has it: HMAC-SHA256 under the salt of the run."""
-    return hmac.new(bytes.fromhex(salt), bytes.fromhex(digest), hashlib.sha256).digest()
+    return hmac.digest(bytes.fromhex(salt), bytes.fromhex(digest), "sha256")
 
 
 # Writing

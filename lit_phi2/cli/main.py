@@ -22,6 +22,11 @@ from lit_phi2.utils.console import PEER_DIED, RESUME_HINT, print_text, replace_u
 from lit_phi2.utils.signals import stop_request
 
 BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
+OUT_OF_MEMORY = (
+    "out of memory. inspect with the same settings prints what each part needs, and which key to change: "
+    "data.batch_size, data.max_length, model.activation_checkpointing, model.dtype; for completions model.max_slots."
+)
+_NO_MEMORY = re.compile(r"(?i)out of memory|not enough memory|can't allocate memory")
 _PEER_ERROR = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|broken pipe")
 
 
@@ -96,6 +101,9 @@ def _report(error: Exception) -> int | None:
         if _rank() == 0:  # every rank raises the same error
             _print_error(f"error: {error}")
         return getattr(error, "exit_code", InputError.exit_code)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        _print_error(f"error: {OUT_OF_MEMORY}")
+        return 1
     if isinstance(error, RuntimeError) and _PEER_ERROR.search(str(error)):
         if stop_request.number:  # every process got the signal, and another one has ended already
             os._exit(128 + stop_request.number)

@@ -17,7 +17,7 @@ SUBCOMMANDS = {
     "validate": "Measure loss, perplexity and token accuracy on val_files.",
     "test": "Measure the loss on test_files, then score completions of its records beside baselines.",
     "predict": "Complete the records of predict_files, or one instruction, greedily.",
-    "inspect": "Print statistics of the training and validation data, the caches, and one example; no model is loaded.",
+    "inspect": "Print statistics of the data, a memory plan, the caches, and one example; no model is loaded.",
     "export": "Write an adapter, or the merged model, for another runtime, and check it there.",
     "audit": "Rank suspect training records by path:line, or measure how far an adapter gives its records away.",
     "verify": "Check a run, an adapter or an export, or look up which records were trained on.",

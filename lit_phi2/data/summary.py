@@ -5,6 +5,9 @@ train  claims:train (instruction)
   tokens             1,012,345 (230.1 per record)
   ...
 
+memory  base tiny, 6.8 M parameters, ...        given by the Trainer
+  ...
+
 caches  runs/cache: 2 of 1.3 GB, with the texts of records
   runs/cache/1a2b3c4d5e6f7a8b  1.0 GB, used 2026-01-31 09:12, from big.jsonl
   ...
@@ -28,15 +31,19 @@ from lit_phi2.types import Example
 MAX_FILES = 10  # that a split lists
 
 
-def report(data: ClaimsDataModule, warnings: Sequence[str] = (), *, remove_unused_caches: bool = False) -> str:
+def report(
+    data: ClaimsDataModule, warnings: Sequence[str] = (), *, remove_unused_caches: bool = False, memory: str = ""
+) -> str:
     """The counts of every split that is set up, caches, warnings, and an example with its supervised part marked.
 
     Args:
         data: after `read`.
         warnings: of `read`.
         remove_unused_caches: also remove the caches that no run uses.
+        memory: the memory plan; left out if empty.
     """
     parts = [_split_report(split_name, split, data) for split_name, split in data.splits.items()]
+    parts += [memory] if memory else []
     parts.append(_cache_report(data, remove_unused=remove_unused_caches))
     if warnings:
         parts.append("\n".join(f"warning: {warning}" for warning in warnings))

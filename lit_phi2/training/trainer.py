@@ -2,7 +2,7 @@
 
     fit         check the data -> open a folder -> validate the base -> steps -> best adapter in PEFT form
     validate    metrics on val_files             test      metrics on test_files, and its completions scored
-    predict     predictions, or one completion   inspect   statistics of the data, without a model
+    predict     predictions, or one completion   inspect   statistics and memory plan, without a model
     export      the adapter of a checkpoint for another runtime, checked there
     audit       suspect records by path:line; how far records of train can be told from others
     verify      files, base, data and signature against provenance.json; records against the ledger
@@ -29,6 +29,7 @@ from lit_phi2.training.callbacks.throughput import Throughput
 from lit_phi2.training.draft_index import find_draft_index
 from lit_phi2.training.exporting import card_facts, held_out_prompts, plan_checkpoint_export, run_and_release
 from lit_phi2.training.ledger import write_test_ledger
+from lit_phi2.training.memory_report import memory_report
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.output_files import STDOUT, check_format, check_streams, reads_stdin
 from lit_phi2.training.protocols import tokenizer_of
@@ -218,16 +219,17 @@ class Trainer(AuditTrainer):
         )
 
     def inspect(self, model: LitPhi2, datamodule: ClaimsDataModule, remove_unused_caches: bool = False) -> None:
-        """Print statistics of the training and validation data, the caches, and one example; no model is loaded.
+        """Print statistics of the data, a memory plan, the caches, and one example; no model is loaded.
 
         Args:
             model: from the config.
             datamodule: from the config.
             remove_unused_caches: true also removes the caches whose files are gone or have changed.
         """
-        datamodule.trainer = self
+        datamodule.trainer = model.trainer = self
         warnings = datamodule.read("fit")
-        print_text(report(datamodule, warnings, remove_unused_caches=remove_unused_caches))
+        memory = memory_report(model, datamodule)
+        print_text(report(datamodule, warnings, remove_unused_caches=remove_unused_caches, memory=memory))
 
     def export(
         self,

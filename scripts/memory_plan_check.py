@@ -1,0 +1,104 @@
+"""Memory plan check: the peaks that `inspect` plans beside the most memory that fit and predict took.
+
+    settings -> inspect             -> planned peaks of fit and predict
+             -> fit, then predict   -> VmHWM of each process, sampled every 50 ms; Linux only
+
+    python scripts/memory_plan_check.py                                    # the packaged base, four rows of the table
+    python scripts/memory_plan_check.py --case NAME -- --config phi2.yaml --model.base build/phi2-4
+
+What follows -- is given to all three. predict completes the longest of the packaged records 48 times, because pages of
+the cache that no token was written to are not resident. VmHWM counts weights, tensors, and the code of libraries.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measurement import ROOT, origin
+
+UNITS = {"MB": 10**6, "GB": 10**9}
+TINY: tuple[tuple[str, list[str]], ...] = (
+    ("rows 1 x 1024", []),
+    ("checkpointing", ["--model.activation_checkpointing", "true"]),
+    ("rows 4 x 1024", ["--data.batch_size", "4"]),
+    ("bfloat16", ["--model.dtype", "bfloat16"]),
+)
+STEPS = ["--trainer.max_steps", "4", "--trainer.limit_val_batches", "1"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", default="tiny", help="names the row of the table; tiny alone measures four")
+    parser.add_argument("--subcommands", nargs="+", default=["fit", "predict"], choices=["fit", "predict"])
+    options = sys.argv[1:]
+    own, settings = (options, []) if "--" not in options else split_at(options, "--")
+    args = parser.parse_args(own)
+    cases = [(args.case, settings)] if settings else [(name, ["--config", "tiny.yaml", *more]) for name, more in TINY]
+    print(origin())
+    print("| | subcommand | planned, MB | measured, MB | deviation |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder, "prompts.jsonl")
+        write_longest_prompt(prompts)
+        for name, case in cases:
+            settings = [*case, "--trainer.default_root_dir", folder]
+            planned = planned_peaks(settings)
+            for subcommand in args.subcommands:
+                more = STEPS if subcommand == "fit" else ["--data.predict_files", str(prompts)]
+                peak = measured_peak([subcommand, *settings, *more])
+                deviation = planned[subcommand] / peak - 1
+                cells = f"{planned[subcommand] / 1e6:,.0f} | {peak / 1e6:,.0f} | {deviation:+.1%}"
+                print(f"| {name} | {subcommand} | {cells} |", flush=True)
+
+
+def split_at(words: list[str], mark: str) -> tuple[list[str], list[str]]:
+    place = words.index(mark)
+    return words[:place], words[place + 1 :]
+
+
+def write_longest_prompt(file: Path) -> None:
+    """The record with the longest prompt among the first of tiny.yaml, again and again."""
+    folder = ROOT / "lit_phi2" / "assets" / "claims"
+    lines = [
+        line for name in ("train", "validation") for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()
+    ]
+    record = max(map(json.loads, lines), key=lambda row: len(row["instruction"] + row.get("input", "")))
+    file.write_text("".join(json.dumps({**record, "id": f"p-{number}"}) + "\n" for number in range(48)), "utf-8")
+
+
+def planned_peaks(settings: list[str]) -> dict[str, int]:
+    """Bytes, read from the table that inspect prints."""
+    command = [sys.executable, "-m", "lit_phi2", "inspect", *settings]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    match = re.search(r"(?m)^  peak +([\d.,]+) (MB|GB) +([\d.,]+) (MB|GB)", printed)
+    if match is None:
+        sys.exit(f"inspect printed no plan:\n{printed[-2000:]}")
+    fit, fit_unit, predict, predict_unit = match.groups()
+    return {
+        "fit": int(float(fit.replace(",", "")) * UNITS[fit_unit]),
+        "predict": int(float(predict.replace(",", "")) * UNITS[predict_unit]),
+    }
+
+
+def measured_peak(arguments: list[str]) -> int:
+    """Bytes: VmHWM of a process while it runs."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, "-m", "lit_phi2", *arguments], stdout=log, stderr=log)
+        peak = 0
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if match := re.search(r"VmHWM:\s+(\d+) kB", status):
+                peak = max(peak, int(match[1]) * 1024)
+            time.sleep(0.05)
+        if process.returncode:
+            log.seek(0)
+            sys.exit(log.read().decode()[-3000:])
+    return peak
+
+
+if __name__ == "__main__":
+    main()
