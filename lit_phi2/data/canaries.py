@@ -145,5 +145,5 @@ def planted_copies(records: Sequence[Record]) -> Counter[str]:
 def describe_planted(records: Sequence[Record]) -> str:
     """How many canaries are in train, in words."""
     copies = planted_copies(records)
-    repeats = " and ".join(", ".join(map(str, sorted(set(copies.values())))).rsplit(", ", 1))
-    return f"{SOURCE}: {copies.total():,} records of {len(copies):,} canaries are in training, each {repeats} times"
+    repeats = " or ".join(", ".join(map(str, sorted(set(copies.values())))).rsplit(", ", 1))
+    return f"{SOURCE}: {copies.total():,} records of {len(copies):,} canaries are in training, {repeats} times each"

@@ -93,7 +93,7 @@ def _lines(
     yield from map(str, groups)
     for name, (share, number) in identifiers.items():
         yield f"identifiers in responses of {name} ({number}): extracted {share}"
-    yield f"verdict: {f'{len(beyond)} figures beyond' if beyond else 'within'} the limits of the config"
+    yield f"verdict: {'beyond' if beyond else 'within'} the limits of the config"
 
 
 def measure_canaries(model: LitPhi2, data: ClaimsDataModule) -> list[CanaryGroup]:
