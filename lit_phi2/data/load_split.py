@@ -64,12 +64,7 @@ def load_split(
         rows = iter_records(sources, options, **record_options, forms=forms)
         if held_out is not None:
             rows = hold_out(rows, split_name, held_out)
-        has_examples = False
-        for record, example in encode(rows, invalid):
-            has_examples = has_examples or isinstance(example, Example)
-            yield record, example
-        if has_examples:
-            yield from encode(read_planted(canaries, options), invalid)
+        return _planted_after(encode(rows, invalid), encode(read_planted(canaries, options), invalid))
 
     skip = on_overlong == "skip"
     if not is_large(sources):
@@ -78,6 +73,16 @@ def load_split(
     planted = {"canaries": [asdict(canary) for canary in canaries]} if canaries else {}
     key = cache_key(sources, tokenizer, reading=asdict(options), held_out=part, **record_options, **limits, **planted)
     return load_or_build_cache(sources, source, skip=skip, cache_dir=cache_dir, key=key)
+
+
+def _planted_after(results: Iterator[EncodeResult], planted: Iterator[EncodeResult]) -> Iterator[EncodeResult]:
+    """The results, then those of canaries if any record became an example."""
+    has_examples = False
+    for record, example in results:
+        has_examples = has_examples or isinstance(example, Example)
+        yield record, example
+    if has_examples:
+        yield from planted
 
 
 def read_training_records(sources: list[str], options: ReadOptions) -> list[Record]:

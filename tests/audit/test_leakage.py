@@ -204,7 +204,7 @@ def overfit(claims_phi_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "leakage": {"max_exposure": 8.5},
         "model": {"base": str(claims_phi_dir), "dtype": "float32", "learning_rate": 0.02, "lora_r": 64},
         "data": {"train_files": "train.jsonl", "val_files": "val.jsonl", "canaries": 1, "max_length": 128},
-        "trainer": {"accelerator": "cpu", "limit_val_batches": 0, "enable_progress_bar": False, "max_epochs": 14},
+        "trainer": {"accelerator": "cpu", "limit_val_batches": 0, "enable_progress_bar": False, "max_epochs": 10},
     }
     settings["model"] |= {"lora_alpha": 128, "max_new_tokens": 4}  # type: ignore[operator]
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
