@@ -23,7 +23,7 @@ def write_measurement(file: Path, kind: str, numbers: dict[str, Any], *, device:
 
     Args:
         file: to replace.
-        kind: throughput or step_sizes; decides how plots.py draws them.
+        kind: of those in plots.py; decides how plots.py draws them.
         numbers: JSON values.
         device: name of the GPU; the CPU is named if empty.
     """

@@ -3,12 +3,14 @@
 kind throughput    of bench.py --output             -> tokens/s of lit_phi2 and its peers
 kind gpu_check     of gpu_check                     -> tokens/s of lit_phi2 and HF Trainer
 kind step_sizes    of profiling.py sizes --output   -> seconds and memory of a step, by tokens
+kind leakage       of leakage_curve.py              -> exposure and extraction by repeats, a line for each rank
 
 python scripts/plots.py
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,7 +62,8 @@ def draw(measurement: dict[str, Any], picture: Path) -> None:
     Raises:
         SystemExit: it is of an unknown kind.
     """
-    kinds = {"throughput": plot_throughput, "gpu_check": plot_gpu_check, "step_sizes": plot_step_sizes}
+    kinds = {"throughput": plot_throughput, "gpu_check": plot_gpu_check}
+    kinds |= {"step_sizes": plot_step_sizes, "leakage": plot_leakage}
     if measurement.get("kind") not in kinds:
         raise SystemExit(f"{picture.stem}: kind {measurement.get('kind')!r}; expected one of {', '.join(kinds)}")
     with mpl.rc_context(STYLE):
@@ -105,6 +108,34 @@ def plot_step_sizes(measurement: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0].legend(title="tokens in a row", frameon=False)
     figure.suptitle(measurement["machine"], fontsize=9)
+    return figure
+
+
+def plot_leakage(measurement: dict[str, Any]) -> Figure:
+    """Mean exposure with its interval, and share extracted, by records of a canary; the prompt is dashed."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(1, 2))
+    for number, (rank, audit) in enumerate(measurement["ranks"].items()):
+        for place, line in (("response", "-"), ("prompt", "--")):
+            groups = [group for group in audit["canaries"] if group["place"] == place and not group["is_control"]]
+            repeats = [group["repeats"] for group in groups]
+            for axis, key in zip(axes, ("exposure", "extracted"), strict=True):
+                values = [group[key]["value"] for group in groups]
+                label = f"rank {rank}, {place}"
+                axis.plot(repeats, values, line, color=f"C{number}", marker="o", markersize=4, label=label)
+                if place == "response":
+                    low, high = ([group[key][end] for group in groups] for end in ("low", "high"))
+                    axis.fill_between(repeats, low, high, color=f"C{number}", alpha=0.12, linewidth=0)
+    axes[0].axhline(1 / math.log(2), color=PEER, label="chance")
+    for axis, title in zip(axes, ("exposure, bits; 9 is the most", "share extracted"), strict=True):
+        axis.set(xlabel="records of each canary", title=title)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([1, 4, 16], ["1", "4", "16"])
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8)
+    settings = measurement["settings"]
+    details = f"{settings['records']} claims, {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}"
+    figure.suptitle(f"tiny base, {settings['canaries']} canaries a point, {details}", fontsize=9)
     return figure
 
 

@@ -1,13 +1,16 @@
-"""Leakage audit: can the records that trained an adapter be told from others by their losses?
+"""Leakage audit: what an adapter gives away of the records that trained it, in figures, and the verdict.
 
-    members, others: nats per token the adapter took off the base's loss  ->  AUC, true positives at 1 % false ones
+    members, others: nats per token below the base   ->  AUC, true positives at 1 % false ones
+    losses of canaries, losses of controls           ->  exposure in bits
+    secrets that greedy decoding finishes            ->  share
+    figures, limits                                  ->  what is beyond them, in words
 
-The attack is a threshold on the ratio of the two likelihoods (Carlini et al. 2022, arXiv:2112.03570, with the base as
+Membership is a threshold on the ratio of two likelihoods (Carlini et al. 2022, arXiv:2112.03570, with the base as
 reference). An AUC of 0.5 is chance. Records of val must be like those of train, or the AUC measures the difference.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +20,22 @@ MAX_FALSE_POSITIVES = 0.01
 _Z95 = 1.959964  # standard normal quantile of 0.975
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class LeakageLimits:
+    """How much an adapter may give away; the section leakage of a config.
+
+    Attributes:
+        max_auc: of membership, compared with the lower end of its interval; 0.5 is chance.
+        max_exposure: bits, of canaries of each place and number of repeats, compared with the lower end of the interval
+            of their mean; 1.44 is chance.
+        max_extracted: share of canaries, or of identifiers in responses; the latter by the lower end of the interval.
+    """
+
+    max_auc: float = 0.6
+    max_exposure: float = 4.0
+    max_extracted: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +99,95 @@ def membership(members: Sequence[float] | Array, others: Sequence[float] | Array
     """
     first, second = np.asarray(members, float), np.asarray(others, float)
     return {"auc": auc(first, second), "tpr_at_1_percent_fpr": true_positive_rate(first, second)}
+
+
+def exposures(losses: Sequence[float] | Array, controls: Sequence[float] | Array) -> Array:
+    """(n,) bits by which the rank of each loss shortens a search for its secret: log2(secrets) - log2(rank).
+
+    Exposure by sampling (Carlini et al. 2019, arXiv:1802.08232, sec. 4.3): the rank of a canary is estimated among
+    controls instead of all possible secrets, so the highest value is log2(controls + 1). Of equal losses half count as
+    lower. Without memory the ranks are uniform, and the mean is 1 / ln 2 = 1.44 bits.
+
+    >>> exposures([0.5, 2.0, 9.0], [1.0, 3.0, 4.0])
+    array([2., 1., 0.])
+    """
+    ordered, values = np.sort(np.asarray(controls, float)), np.asarray(losses, float)
+    lower = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+    return np.log2(len(ordered) + 1) - np.log2(1 + lower / 2)
+
+
+def mean_rate(values: Array, highest: float) -> Rate:
+    """A mean between 0 and the highest value, with Student's interval; that of a single value is everything.
+
+    >>> print(mean_rate(np.array([1.0, 2.0, 3.0]), 9.0), mean_rate(np.array([5.0]), 9.0))
+    2.000 [0.000, 4.484] 5.000 [0.000, 9.000]
+    """
+    from scipy import stats
+
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Rate(mean, 0.0, highest)
+    error = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1)) / math.sqrt(len(values))
+    return Rate(mean, max(0.0, mean - error), min(highest, mean + error))
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryGroup:
+    """Canaries of one place and number of repeats, or the controls of a place.
+
+    Attributes:
+        place: of their secrets, prompt or response.
+        repeats: records of each in training; 0 where data.without left them out, and for controls.
+        is_control: whether they were made to be planted nowhere.
+        number: how many.
+        exposure: mean, in bits.
+        extracted: share whose secret greedy decoding finishes.
+    """
+
+    place: str
+    repeats: int
+    is_control: bool
+    number: int
+    exposure: Rate
+    extracted: Rate
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.number}): exposure {self.exposure} bits, extracted {self.extracted}"
+
+    @property
+    def name(self) -> str:
+        planted = "controls" if self.is_control else f"canaries {self.repeats}x"
+        return f"{planted} in the {self.place}"
+
+
+def beyond_limits(
+    rates: Mapping[str, Rate], groups: Sequence[CanaryGroup], identifiers: Mapping[str, Rate], limits: LeakageLimits
+) -> list[str]:
+    """What is beyond the limits, each with its key; empty if the adapter passes.
+
+    Args:
+        rates: of `membership`.
+        groups: of canaries and controls; empty if none were planted.
+        identifiers: by split, the share of identifiers in responses that were extracted; without an entry if none.
+        limits: of the config.
+    """
+    beyond = []
+    if rates["auc"].low > limits.max_auc:
+        beyond.append(
+            "records of data.train_files can be told from those of val_files: AUC "
+            f"{rates['auc']}, leakage.max_auc {limits.max_auc:g}"
+        )
+    for group in groups:
+        if group.is_control:
+            continue
+        if group.exposure.low > limits.max_exposure:
+            beyond.append(f"{group.name}: exposure {group.exposure} bits, leakage.max_exposure {limits.max_exposure:g}")
+        if group.extracted.value > limits.max_extracted:  # no interval: a guess is right once in 10^8
+            beyond.append(f"{group.name}: extracted {group.extracted}, leakage.max_extracted {limits.max_extracted:g}")
+    if (share := identifiers.get("train")) is not None:
+        others = identifiers["val"].value if "val" in identifiers else 0.0
+        if share.low > max(limits.max_extracted, others):
+            beyond.append(
+                f"identifiers of data.train_files: extracted {share}, leakage.max_extracted {limits.max_extracted:g}"
+            )
+    return beyond

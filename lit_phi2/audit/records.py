@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_phi2.audit.duplicates import boilerplate_sizes, near_duplicates
-from lit_phi2.audit.identifiers import KINDS, find_identifiers, plain_text
+from lit_phi2.audit.identifiers import KINDS, Identifier, find_identifiers, plain_text
 from lit_phi2.data.records import Record
 
 FINDING_KINDS = ("label_error", "memorised", "near_duplicate", "boilerplate", "unsupported_identifier")
@@ -82,7 +82,7 @@ def audit_records(audited: AuditedRecords) -> list[Finding]:
     others = drops[~trained]
     is_memorised = trained & (drops > (others.max() if len(others) else np.inf))
     sizes = boilerplate_sizes([record.response for record in records])
-    unsupported = np.array([num_unsupported(record) for record in records])
+    unsupported = np.array([len(unsupported_identifiers(record)) for record in records])
     meaning = "robust deviations of the loss, or of its fall, from records of the group"
     findings = _ranked(audited, "label_error", meaning, errors, errors >= MIN_LABEL_ERROR)
     findings += _ranked(audited, "memorised", "nats per token below the base", drops, is_memorised)
@@ -114,14 +114,20 @@ def label_error_scores(audited: AuditedRecords) -> Array:
     return scores
 
 
-def num_unsupported(record: Record) -> int:
-    """How many different identifiers of the response the prompt lacks; a date is none."""
+def unsupported_identifiers(record: Record) -> dict[str, Identifier]:
+    """The identifiers of the response that the prompt lacks, each where it is first, by letters and digits.
+
+    A date is none.
+    """
     source = _joined(plain_text(f"{record.instruction} {record.input}"))
     text = plain_text(record.response)
     kinds = [kind for kind in KINDS if kind != "dob"]
-    return len(
-        {value for each in find_identifiers(text, kinds) if (value := _joined(text[each[0] : each[1]])) not in source}
-    )
+    found: dict[str, Identifier] = {}
+    for each in find_identifiers(text, kinds):
+        value = _joined(text[each.start : each.end])
+        if value not in source:
+            found.setdefault(value, each)
+    return found
 
 
 def to_row(finding: Finding, losses: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

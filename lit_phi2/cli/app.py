@@ -8,6 +8,7 @@ Data and model meet only here. A value that both need is set once, for the model
 (`add_arguments_to_parser`), so it is not a key of its own there.
 """
 
+import dataclasses
 import inspect
 import logging
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_phi2.adapters.adapter import check_same_base
 from lit_phi2.adapters.checkpoint import read_adapter
+from lit_phi2.audit.leakage import LeakageLimits
 from lit_phi2.audit.ledger import KEY_FILE
 from lit_phi2.audit.provenance import PROVENANCE_FILE
 from lit_phi2.cli.arguments import check_question, check_repeated, known_keys, list_keys, with_run_config
@@ -30,7 +32,7 @@ from lit_phi2.cli.checks import (
     check_trainer_settings,
 )
 from lit_phi2.cli.configs import check_config, config_setting
-from lit_phi2.cli.help import requested_help
+from lit_phi2.cli.help import LEAKAGE_HELP, requested_help
 from lit_phi2.cli.messages import class_error, describe_defaults, name_trainer_key
 from lit_phi2.cli.parser import Parser
 from lit_phi2.data.datamodule import ClaimsDataModule
@@ -47,7 +49,7 @@ log = logging.getLogger(__name__)
 TRAINER_KEYS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 _NOT_SAVED = (
     *("ckpt_path", "output", "instruction", "input", "output_dir", "format", "dtype", "check", "sign", "config"),
-    *("record", "replay", "public_key", "what", "max_auc"),
+    *("record", "replay", "public_key", "what"),
 )
 
 
@@ -97,6 +99,10 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--checkpoint.every_minutes", type=float, default=5.0, help="most minutes from one last.ckpt to the next."
         )
+        for limit in dataclasses.fields(LeakageLimits):
+            parser.add_argument(
+                f"--leakage.{limit.name}", type=float, default=limit.default, help=LEAKAGE_HELP[limit.name]
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the values that both model and data need."""
@@ -223,6 +229,7 @@ class CLI(LightningCLI):
         check_strategy(trainer)
         trainer.run_name = config.run_name
         trainer.run_config = self._run_config()
+        trainer.leakage_limits = LeakageLimits(**config.leakage.as_dict())
         trainer.config_run = self._config_run()
         trainer.checkpoint_every_n_steps = config.checkpoint.every_n_steps
         trainer.checkpoint_every_minutes = config.checkpoint.every_minutes

@@ -7,6 +7,7 @@ Lightning accepts most of what is refused here, and the run would then lose floa
 or its checkpoints without notice.
 """
 
+import math
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ def check_run_settings(config: Any) -> None:
         value = config.checkpoint[key]
         if value is not None and not value > 0:
             raise InputError(f"checkpoint.{key}: {value} is not above 0.")
+    for key, value in config.leakage.as_dict().items():
+        highest = math.inf if key == "max_exposure" else 1
+        if not 0 <= value <= highest:
+            raise InputError(f"leakage.{key}: {value} is not between 0 and {highest}.")
 
 
 def check_run_name(run_name: str) -> None:

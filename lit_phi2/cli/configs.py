@@ -18,7 +18,7 @@ from lit_phi2.cli.messages import did_you_mean
 from lit_phi2.errors import InputError
 from lit_phi2.utils.paths import expand_user
 
-CONFIG_SECTIONS = ("model", "data", "trainer", "checkpoint")
+CONFIG_SECTIONS = ("model", "data", "trainer", "checkpoint", "leakage")
 
 
 class DuplicateKeyError(yaml.YAMLError):

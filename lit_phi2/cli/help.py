@@ -20,6 +20,11 @@ from lit_phi2.cli.messages import did_you_mean
 from lit_phi2.errors import InputError
 
 SECTIONS = ("model", "data", "trainer")
+LEAKAGE_HELP = {
+    "max_auc": "AUC of train against val; by the lower end of its interval. 0.5 is chance.",
+    "max_exposure": "bits, of canaries; by the lower end of the interval of their mean. 1.44 is chance.",
+    "max_extracted": "share of canaries or identifiers; the latter by the lower end of the interval.",
+}
 _WIDTH = 80
 _LEFT = 37  # columns of a key and its default
 _USAGE = """\
@@ -55,7 +60,7 @@ def requested_help(parser: Any, subcommand: str, arguments: Sequence[str]) -> st
 def short_help(parser: Any, subcommand: str) -> str:
     """Every key of a subcommand but Lightning's, by section."""
     sections: dict[str, list[str]] = {f"flags of {subcommand}": [], "the run": [], "model": [], "data": []}
-    for action in _own_actions(parser):
+    for action in _own_actions(parser, subcommand):
         section, _, key = action.dest.rpartition(".")
         if section in ("model", "data"):
             sections[section] += _entry(key, action)
@@ -70,10 +75,12 @@ def short_help(parser: Any, subcommand: str) -> str:
     return text + _MORE
 
 
-def _own_actions(parser: Any) -> Iterator[argparse.Action]:
+def _own_actions(parser: Any, subcommand: str) -> Iterator[argparse.Action]:
+    """The actions of our keys, without the limits of the leakage audit for a subcommand that they do not concern."""
     for action in parser._actions:
         names_key = f"--{action.dest}" in action.option_strings
         is_other = action.dest in (*CONFIG_SECTIONS, "help", "config", "print_config")
+        is_other |= action.dest.startswith("leakage.") and subcommand != "audit"
         if names_key and not is_other and not action.dest.startswith("trainer."):
             yield action
 

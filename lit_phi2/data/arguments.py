@@ -44,15 +44,15 @@ def check_choice(choices: Sequence[str], **values: str) -> None:
             raise InputError(f"data.{name}: {value!r} is unknown; expected {', '.join(others)} or {last}.")
 
 
-def check_positive(**values: int) -> None:
-    """Refuse a value below 1.
+def check_minimum(minimum: int, **values: int) -> None:
+    """Refuse a value below the minimum.
 
     Raises:
         InputError: names the argument.
     """
     for name, value in values.items():
-        if value < 1:
-            raise InputError(f"data.{name}: {value} is less than 1.")
+        if value < minimum:
+            raise InputError(f"data.{name}: {value} is less than {minimum}.")
 
 
 def check_val_fraction(val_fraction: float, val_files: Files) -> None:

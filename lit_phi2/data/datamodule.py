@@ -10,6 +10,7 @@ saved state of a loader.
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_phi2.audit.redaction import check_kinds
 from lit_phi2.data import arguments
+from lit_phi2.data.canaries import describe_planted, make_canaries
 from lit_phi2.data.collate import collate
 from lit_phi2.data.encode import token_budget
 from lit_phi2.data.load_split import load_split, read_training_records
@@ -71,6 +73,7 @@ class ClaimsDataModule(LightningDataModule):
         packing: put several examples into a row; they do not attend to each other.
         batch_size: rows in a micro-batch.
         without: a file with one id a line; training and validation leave these records out.
+        canaries: made-up records to plant, of each kind; in prompt or response, 1, 4 or 16 times, for audit.
         on_overlong: truncate, skip or error; truncate shortens the input section only.
         on_bad_record: error or skip; error lists every invalid record and stops, skip leaves them out and writes
             rejected.jsonl.
@@ -102,6 +105,7 @@ class ClaimsDataModule(LightningDataModule):
         packing: bool = True,
         batch_size: int = 1,
         without: str | None = None,
+        canaries: int = 0,
         on_overlong: str = "truncate",
         on_bad_record: str = "error",
         cache_dir: str | None = None,
@@ -115,22 +119,18 @@ class ClaimsDataModule(LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # predict with fewer batches than processes
         arguments.check_reading(turns, encoding, on_overlong, on_bad_record)
         arguments.check_val_fraction(val_fraction, val_files)
-        arguments.check_positive(max_length=max_length, batch_size=batch_size)
+        arguments.check_minimum(1, max_length=max_length, batch_size=batch_size)
+        arguments.check_minimum(0, canaries=canaries)
         self.files = {"train": train_files, "val": val_files, "test": test_files, "predict": predict_files}
         fields = FieldNames(instruction_field, input_field, response_field, id_field)
         self.read_options = ReadOptions(fields, turns, encoding, redact=check_kinds(redact, "data.redact"))
         self.output_kinds = frozenset(self.read_options.redact + check_kinds(redact_output, "data.redact_output"))
         self.val_fraction = val_fraction
-        self.max_length = max_length
-        self.packing = packing
-        self.batch_size = batch_size
-        self.without = without
-        self.on_overlong = on_overlong
-        self.on_bad_record = on_bad_record
+        self.max_length, self.packing, self.batch_size = max_length, packing, batch_size
+        self.without, self.canaries = without, canaries
+        self.on_overlong, self.on_bad_record = on_overlong, on_bad_record
         self.cache_dir = cache_dir
-        self.base = base
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
+        self.base, self.max_new_tokens, self.seed = base, max_new_tokens, seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
         # Indices in predict_files that an interrupted predict has completed.
@@ -159,25 +159,24 @@ class ClaimsDataModule(LightningDataModule):
         base, context = resolve_base_model(self.base), self._context()
         budgets = [token_budget(name, self.max_length, self.max_new_tokens, context, self.base) for name in names]
         self.tokenizer = self.tokenizer or load_tokenizer(base)
+        load = partial(load_split, tokenizer=self.tokenizer, on_overlong=self.on_overlong, held_out=held_out)
         splits: dict[str, Split] = {}
         warnings: list[str] = []
         for name, budget in zip(names, budgets, strict=True):
             sources, repeated = self._sources(name)
-            splits[name] = load_split(
-                name,
-                sources,
+            options, canaries = (
                 self._options(name),
-                self.tokenizer,
-                max_length=budget,
-                on_overlong=self.on_overlong,
-                held_out=held_out,
-                cache_dir=self.cache_folder(),
+                make_canaries(self.canaries if name == "train" else 0, self.seed)[0],
             )
+            folder = self.cache_folder()
+            splits[name] = load(name, sources, options, max_length=budget, cache_dir=folder, canaries=canaries)
             warnings += [warning for warning in repeated if warning not in warnings]
         check_splits(splits, allow_invalid=self.on_bad_record == "skip", held_out=held_out)
         self.splits |= splits
         if self.without and stage == "fit":
             check_found(self.without, read_without(self.without), (self.splits["train"], self.splits["val"]))
+        if self.canaries and stage == "fit":
+            log.info("%s", describe_planted(self.splits["train"].records))
         warnings += truncation_warnings(splits)
         return warnings + overlap_warnings(self.splits, new=names, held_out=held_out is not None)
 
@@ -262,6 +261,7 @@ class ClaimsDataModule(LightningDataModule):
         return {
             "train_data_digest": self.splits["train"].digest,
             "val_data_digest": self.splits["val"].digest,
+            "data.canaries": self.canaries,
             "seed_everything": self.seed,
             **self.batching().fingerprint(),
         }

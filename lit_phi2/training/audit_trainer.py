@@ -11,8 +11,9 @@ from pathlib import Path
 from lit_phi2.audit.provenance import PROVENANCE_FILE, check_provenance, provenance_folders
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.report.page import write_report
-from lit_phi2.training.auditing import RECORDS_FILE, audit_leakage, audit_split_records, check_audit
+from lit_phi2.training.auditing import RECORDS_FILE, audit_split_records, check_audit
 from lit_phi2.training.fit import FitTrainer
+from lit_phi2.training.leakage import audit_leakage
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.reporting import report_file, reported_folder
 from lit_phi2.training.run_folder import check_writable, on_rank_zero
@@ -65,16 +66,14 @@ class AuditTrainer(FitTrainer):
         datamodule: ClaimsDataModule,
         ckpt_path: str,
         what: str = "records",
-        max_auc: float = 0.6,
     ) -> None:
         """Rank suspect training records by path:line, or measure how far an adapter gives its records away.
 
         Args:
             model: from the config.
             datamodule: from the config.
-            ckpt_path: the adapter: a .ckpt, an adapter or run folder, `last` or `best`.
+            ckpt_path: a .ckpt, a folder, `last` or `best`; the folder of an adapter or of a run.
             what: records or leakage.
-            max_auc: exit with 3 if leakage tells train from val with a higher AUC; 0.5 is chance.
         """
         check_audit(what, self.world_size)
         path = str(self.find(ckpt_path))
@@ -88,7 +87,7 @@ class AuditTrainer(FitTrainer):
         model.configure_model()
         model.to(self.strategy.root_device)
         if what == "leakage":
-            audit_leakage(model, datamodule, folder, max_auc)
+            audit_leakage(model, datamodule, folder, self.leakage_limits)
         else:
             audit_split_records(model, datamodule, folder)
 

@@ -1,4 +1,4 @@
-"""Auditing: the loss of every record under base and adapter, and the findings of the audit.
+"""Auditing: the loss of every record under base and adapter, and the findings of the record audit.
 
     split -> packed rows -> hidden states -> nats of each supervised token -> (n,) nats per token of each record
 
@@ -7,7 +7,7 @@ The passes are those of validation, without a gradient; only the sum is kept apa
 
 import json
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +15,23 @@ import torch
 from torch import Tensor
 
 from lit_phi2.audit.duplicates import check_installed
-from lit_phi2.audit.leakage import membership
 from lit_phi2.audit.records import Array, AuditedRecords, audit_records, format_findings, to_row
+from lit_phi2.data.canaries import is_planted
 from lit_phi2.data.collate import collate
 from lit_phi2.data.datamodule import ClaimsDataModule
+from lit_phi2.data.packing import Lengths
 from lit_phi2.data.schedule import BatchingConfig, evaluation_schedule
 from lit_phi2.data.splits import Split
-from lit_phi2.errors import InputError, LeakageError
+from lit_phi2.errors import InputError
 from lit_phi2.model.phi2 import FusedPhiForCausalLM, packed_forward
 from lit_phi2.training.module import LitPhi2
-from lit_phi2.types import IGNORE_INDEX, Row
+from lit_phi2.types import IGNORE_INDEX, Example, Row
 from lit_phi2.utils.console import print_text
 from lit_phi2.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-RECORDS_FILE, LEAKAGE_FILE = "audit_records.jsonl", "audit_leakage.json"
+RECORDS_FILE = "audit_records.jsonl"
 TOP = 20  # findings of each kind on the terminal
 _POSITIONS = 512  # whose logits are in memory at the same time
 
@@ -67,42 +68,8 @@ def audit_split_records(model: LitPhi2, data: ClaimsDataModule, folder: Path) ->
     log.info("audit: %d findings about %d records: %s", len(findings), len(records), file)
 
 
-def audit_leakage(model: LitPhi2, data: ClaimsDataModule, folder: Path, max_auc: float) -> None:
-    """Print whether records of train can be told from those of val, and write it to audit_leakage.json.
-
-    Args:
-        model: with the base and the adapter loaded.
-        data: train and val are set up.
-        folder: of the run.
-        max_auc: the highest AUC that passes, compared with the lower end of its interval.
-
-    Raises:
-        LeakageError: the adapter is beyond it; the file is written.
-    """
-    audited = measure(model, data)
-    drops, is_member = audited.base - audited.adapter, np.array([split == "train" for split in audited.splits])
-    rates = membership(drops[is_member], drops[~is_member])
-    passed = rates["auc"].low <= max_auc
-    result = {
-        "membership": {name: asdict(rate) for name, rate in rates.items()},
-        "records": {"train": int(is_member.sum()), "val": int((~is_member).sum())},
-        "max_auc": max_auc,
-        "passed": passed,
-    }
-    file = folder / LEAKAGE_FILE
-    atomic_write(file, json.dumps(result, indent=2) + "\n")
-    for name, rate in rates.items():
-        print_text(f"membership {name} {rate}")
-    log.info("leakage audit: %s", file)
-    if not passed:
-        raise LeakageError(
-            f"records of data.train_files can be told from those of val_files: AUC {rates['auc']}, above --max_auc "
-            f"{max_auc}. Train fewer epochs, lower model.lora_r or model.learning_rate, or set data.redact."
-        )
-
-
 def measure(model: LitPhi2, data: ClaimsDataModule) -> AuditedRecords:
-    """The records of train and val with their losses under base and adapter."""
+    """The records of train and val, without canaries, with their losses under base and adapter."""
     assert model.phi is not None
     names = [name for name in ("train", "val") if name in data.splits]
     splits = [data.splits[name] for name in names]
@@ -114,40 +81,50 @@ def measure(model: LitPhi2, data: ClaimsDataModule) -> AuditedRecords:
     log.info("audit: %d records measured under the base", len(base))
     records = [record for split in splits for record in split.records]
     split_names = [name for name, split in zip(names, splits, strict=True) for _ in split.records]
-    return AuditedRecords(records, split_names, base, adapter)
+    kept = [index for index, record in enumerate(records) if not is_planted(record)]
+    names = [split_names[index] for index in kept]
+    return AuditedRecords([records[index] for index in kept], names, base[kept], adapter[kept])
+
+
+def record_losses(phi: FusedPhiForCausalLM, split: Split, batching: BatchingConfig) -> Array:
+    """(n,) nats per supervised token of each example; the arguments are as those of `example_nats`."""
+    return example_nats(phi, split.examples, split.lengths, batching) / np.maximum(split.supervised, 1)
 
 
 @torch.inference_mode()
-def record_losses(phi: FusedPhiForCausalLM, split: Split, batching: BatchingConfig) -> Array:
-    """(n,) nats per supervised token of each example, in packed rows, in eval mode.
+def example_nats(
+    phi: FusedPhiForCausalLM, examples: Sequence[Example], lengths: Lengths, batching: BatchingConfig
+) -> Array:
+    """(n,) summed nats of the supervised tokens of each example, in packed rows, in eval mode.
 
     Args:
         phi: with the adapter, or with it disabled.
-        split: that is set up.
+        examples: to measure.
+        lengths: (n,) tokens of each.
         batching: of data.max_length, packing and batch_size.
     """
     was_training = phi.training
     phi.eval()
-    nats = np.zeros(len(split.examples))
+    nats = np.zeros(len(examples))
     device = next(phi.parameters()).device
-    for micro in evaluation_schedule(split.lengths, batching):
-        batch = collate(split.examples, micro.rows).to(device)
+    for micro in evaluation_schedule(lengths, batching):
+        batch = collate(examples, micro.rows).to(device)
         hidden = packed_forward(phi, batch.input_ids, batch.position_ids)
-        owner = _owners(split, micro.rows, batch.input_ids.shape)
+        owner = _owners(lengths, micro.rows, batch.input_ids.shape)
         is_scored = batch.labels[:, 1:] != IGNORE_INDEX
         values = _token_nats(hidden[:, :-1][is_scored], batch.labels[:, 1:][is_scored], phi)
         np.add.at(nats, owner[:, 1:][is_scored.cpu()].numpy(), values.double().cpu().numpy())
     phi.train(was_training)
-    return nats / np.maximum(split.supervised, 1)
+    return nats
 
 
-def _owners(split: Split, rows: tuple[Row, ...], size: torch.Size) -> Tensor:
+def _owners(lengths: Lengths, rows: tuple[Row, ...], size: torch.Size) -> Tensor:
     """(B, T) int64: the index of the example that each token belongs to."""
     owner = torch.zeros(size, dtype=torch.int64)
     for row_index, row in enumerate(rows):
         start = 0
         for index in row:
-            end = start + int(split.lengths[index])
+            end = start + int(lengths[index])
             owner[row_index, start:end] = index
             start = end
     return owner

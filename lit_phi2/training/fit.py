@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 
 from lit_phi2.adapters.adapter import check_adapter
 from lit_phi2.adapters.checkpoint import read_checkpoint
+from lit_phi2.audit.leakage import LeakageLimits
 from lit_phi2.audit.provenance import check_provenance
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError, RunInterrupted
@@ -81,6 +82,7 @@ class FitTrainer(pl.Trainer):
         enable_progress: trainer.enable_progress_bar.
         checkpoint_every_n_steps: checkpoint.every_n_steps.
         checkpoint_every_minutes: checkpoint.every_minutes.
+        leakage_limits: the section leakage of the config.
         config_run: the folder of the run whose config.yaml this one has; None for another config.
         run_dir: of the last fit.
     """
@@ -89,6 +91,7 @@ class FitTrainer(pl.Trainer):
     run_config = ""
     checkpoint_every_n_steps: int | None = None
     checkpoint_every_minutes: float | None = 5.0
+    leakage_limits = LeakageLimits()
     config_run: Path | None = None
     run_dir: Path | None = None
     num_sanity_val_steps: float

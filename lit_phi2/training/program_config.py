@@ -6,6 +6,7 @@
 With it, every subcommand of the command line works on the run too.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ def program_config(trainer: pl.Trainer, model: Any, datamodule: Any) -> str:
     """YAML with the arguments of the three constructors.
 
     Args:
-        trainer: with `settings`, `run_name` and the checkpoint intervals.
+        trainer: with `settings`, `run_name`, the checkpoint intervals and the limits of the leakage audit.
         model: with `arguments`.
         datamodule: with `arguments`.
     """
@@ -31,6 +32,7 @@ def program_config(trainer: pl.Trainer, model: Any, datamodule: Any) -> str:
             "every_n_steps": trainer.checkpoint_every_n_steps,
             "every_minutes": trainer.checkpoint_every_minutes,
         },
+        "leakage": asdict(trainer.leakage_limits),
         "model": {name: value for name, value in model.arguments.items() if name != "seed"},
         "data": {
             name: value

@@ -86,7 +86,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], batchi
     Raises:
         InputError: they differ; names every key that differs, with both values.
     """
-    saved = {"model.use_rslora": False, **saved}  # of a checkpoint from before this setting
+    saved = {"model.use_rslora": False, "data.canaries": 0, **saved}  # of a checkpoint from before these settings
     changed = [key for key in current if saved.get(key) != current[key]]
     if not changed:
         return

@@ -251,7 +251,7 @@ class Trainer(AuditTrainer):
             ckpt_path: a .ckpt, a folder, `last` or `best`; null exports the base alone.
             format: peft, merged, gguf, gguf-merged or mlx; gguf is for llama.cpp and Ollama, merged for transformers.
             dtype: of a merged model; null takes bfloat16 for merged, float16 for gguf-merged.
-            check: prompts of val_files to compare on, 64 at most; 0 checks nothing.
+            check: prompts to compare on, 64 at most; of val_files, 0 checks nothing.
             sign: a private key that signs the export; every file of it.
         """
         if check < 0:

@@ -13,7 +13,7 @@ import torch
 
 from helpers import new_data, new_module
 from lit_phi2.audit.duplicates import boilerplate_sizes, near_duplicates
-from lit_phi2.audit.records import AuditedRecords, label_error_scores, num_unsupported
+from lit_phi2.audit.records import AuditedRecords, label_error_scores, unsupported_identifiers
 from lit_phi2.cli.main import main
 from lit_phi2.data.collate import collate
 from lit_phi2.data.records import Record
@@ -90,8 +90,10 @@ def test_a_label_error_stands_out_in_its_group_only() -> None:
 
 
 def test_identifiers_of_a_response_are_compared_with_its_prompt() -> None:
-    assert num_unsupported(record(0, "Claim CLM-2024-00017?", "Of clm 2024 00017 and M79184741, M79184741.")) == 1
-    assert num_unsupported(record(0, "Claim CLM-2024-00017?", "CLM-2024-00017, on May 3, 2025.")) == 0
+    assert list(
+        unsupported_identifiers(record(0, "Claim CLM-2024-00017?", "Of clm 2024 00017 and M79184741, M79184741."))
+    ) == ["m79184741"]
+    assert not unsupported_identifiers(record(0, "Claim CLM-2024-00017?", "CLM-2024-00017, on May 3, 2025."))
 
 
 @needs_datasketch

@@ -31,7 +31,7 @@ def parser_defaults(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
-        if isinstance(value, dict) and key in ("model", "data", "checkpoint"):
+        if isinstance(value, dict) and key in ("model", "data", "checkpoint", "leakage"):
             yield from flatten(value, f"{key}.")
         elif key not in ("trainer", "ckpt_path"):
             yield prefix + key, value

@@ -27,6 +27,22 @@ STEP_SIZES = {
     "points": [{"rows": rows, "length": 128, "seconds": rows, "gib_above_model": rows} for rows in (1, 2)],
 }
 
+SHARE = {"value": 0.5, "low": 0.2, "high": 0.8}
+LEAKAGE = {
+    "kind": "leakage",
+    **ORIGIN,
+    "settings": {"canaries": 8, "records": 40, "epochs": 4, "learning_rate": 0.005},
+    "ranks": {
+        "4": {
+            "canaries": [
+                {"place": place, "repeats": repeats, "is_control": not repeats, "exposure": SHARE, "extracted": SHARE}
+                for place in ("prompt", "response")
+                for repeats in (0, 1, 4, 16)
+            ]
+        }
+    },
+}
+
 
 @pytest.mark.parametrize(
     "name",
@@ -62,6 +78,7 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
         "export_check",
         "export_parity",
         "gpu_check",
+        "leakage_curve",
         "memory_plan_check",
         "plots",
         "profiling",
@@ -81,7 +98,7 @@ def test_every_program_prints_its_help(
     assert f"scripts/{program}" in capsys.readouterr().out  # the command to copy
 
 
-@pytest.mark.parametrize("measurement", [THROUGHPUT, STEP_SIZES], ids=["throughput", "step_sizes"])
+@pytest.mark.parametrize("measurement", [THROUGHPUT, STEP_SIZES, LEAKAGE], ids=["throughput", "step_sizes", "leakage"])
 def test_the_same_numbers_give_the_same_picture(measurement: dict[str, Any], tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         draw(measurement, tmp_path / name)
