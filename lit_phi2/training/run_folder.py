@@ -25,6 +25,7 @@ from lit_phi2.utils.paths import create_run_dir
 T = TypeVar("T")
 
 RUN_FOLDER_VARIABLE = "LIT_PHI2_RUN_FOLDER"  # passes the path to processes that Lightning starts
+STARTS_LATER_VARIABLE = "LIT_PHI2_STARTS_LATER"  # tells them that rank 0 did not wait for them
 
 
 def open_run_dir(root: Path, run_name: str, config: str) -> Path:
@@ -77,9 +78,19 @@ def on_rank_zero(trainer: pl.Trainer, function: Callable[[], T]) -> T | None:
 
 
 def _all_ranks_run(trainer: pl.Trainer) -> bool:
-    """Whether several processes run already: those of torchrun and SLURM; Lightning starts its own later."""
+    """Whether several processes run already: those of torchrun and SLURM; Lightning starts its own later.
+
+    In a process that Lightning started everything looks as under torchrun, so the first says what it is.
+    """
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    return trainer.world_size > 1 and environment is not None and environment.creates_processes_externally
+    if trainer.world_size == 1 or environment is None:
+        return False
+    if trainer.is_global_zero:
+        if not environment.creates_processes_externally:
+            os.environ[STARTS_LATER_VARIABLE] = "1"
+            return False
+        os.environ.pop(STARTS_LATER_VARIABLE, None)
+    return STARTS_LATER_VARIABLE not in os.environ
 
 
 def check_writable(file: Path, source: str) -> None:
