@@ -6,13 +6,15 @@
     python scripts/memory_plan_check.py                                    # the packaged base, four rows of the table
     python scripts/memory_plan_check.py --case NAME -- --config phi2.yaml --model.base build/phi2-4
 
-What follows -- is given to all three. predict completes the longest of the packaged records 48 times, because pages of
-the cache that no token was written to are not resident. VmHWM counts weights, tensors, and the code of libraries.
+What follows -- is given to all three. The plan is an upper bound: for rows of full length, and for completions that all
+run to max_new_tokens. Pages of the cache that no token was written to are not resident, so predict completes 48 long
+prompts, with a copy of the base whose bias keeps it from EOS. VmHWM counts weights, tensors, and the code of libraries.
 """
 
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +50,9 @@ def main() -> None:
             settings = [*case, "--trainer.default_root_dir", folder]
             planned = planned_peaks(settings)
             for subcommand in args.subcommands:
-                more = STEPS if subcommand == "fit" else ["--data.predict_files", str(prompts)]
+                more = STEPS
+                if subcommand == "predict":
+                    more = ["--data.predict_files", str(prompts), "--model.base", endless_base(settings, folder)]
                 peak = measured_peak([subcommand, *settings, *more])
                 deviation = planned[subcommand] / peak - 1
                 cells = f"{planned[subcommand] / 1e6:,.0f} | {peak / 1e6:,.0f} | {deviation:+.1%}"
@@ -61,13 +65,32 @@ def split_at(words: list[str], mark: str) -> tuple[list[str], list[str]]:
 
 
 def write_longest_prompt(file: Path) -> None:
-    """The record with the longest prompt among the first of tiny.yaml, again and again."""
+    """The record with the longest prompt among the packaged ones, again and again; none begins like another."""
     folder = ROOT / "lit_phi2" / "assets" / "claims"
     lines = [
         line for name in ("train", "validation") for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()
     ]
     record = max(map(json.loads, lines), key=lambda row: len(row["instruction"] + row.get("input", "")))
-    file.write_text("".join(json.dumps({**record, "id": f"p-{number}"}) + "\n" for number in range(48)), "utf-8")
+    rows = [{**record, "id": f"p-{n}", "instruction": f"{n:02d} {record['instruction'][3:]}"} for n in range(48)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def endless_base(settings: list[str], folder: str) -> str:
+    """A copy of the base that never chooses EOS, so that every completion runs to its limit."""
+    from safetensors.torch import load_file, save_file
+
+    from lit_phi2.pretrained import resolve_base_model
+
+    name = settings[settings.index("--model.base") + 1] if "--model.base" in settings else "tiny"
+    source, target = resolve_base_model(name).folder, Path(folder, "endless")
+    if not target.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+        weights = load_file(target / "model.safetensors")
+        eos = json.loads((source / "config.json").read_text("utf-8"))["eos_token_id"]
+        weights["lm_head.bias"][eos] = -1e4
+        (target / "model.safetensors").unlink()
+        save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return str(target)
 
 
 def planned_peaks(settings: list[str]) -> dict[str, int]:

@@ -267,14 +267,14 @@ def find_in_ledger(file: Path, hashes: set[bytes]) -> Iterator[dict[str, Any]]:
         InputError: the file is no ledger.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc  # type: ignore[import-untyped]
     import pyarrow.parquet as pq
 
-    wanted = pa.array(sorted(hashes), pa.binary(32))
     try:
         with pq.ParquetFile(file) as ledger:
             for batch in ledger.iter_batches(_GROUP_RECORDS):
-                yield from batch.filter(pc.is_in(batch["content_sha256"], wanted)).to_pylist()
+                # A set, because Arrow's is_in hashes all that is wanted again for every batch.
+                is_wanted = [value in hashes for value in batch["content_sha256"].to_pylist()]
+                yield from batch.filter(pa.array(is_wanted, pa.bool_())).to_pylist()
     except (OSError, KeyError, ValueError) as error:  # Arrow's own errors are ValueErrors
         raise InputError(
             f"{file}: cannot be read as a ledger ({type(error).__name__}). fit writes it again."

@@ -39,9 +39,6 @@ from lit_phi2.errors import InputError
 from lit_phi2.export.gguf_reader import read_gguf
 from lit_phi2.pretrained import resolve_base_model
 from lit_phi2.utils.paths import GGUF_SUFFIX
-from lit_phi2.utils.sequences import batched
-
-_BATCH_RECORDS = 2**15  # records that are looked up at once
 
 
 class Finding(NamedTuple):
@@ -167,14 +164,14 @@ def look_up(records: Iterable[Record | InvalidRecord], run_dir: Path, steps: int
         )
     salt = read_key(run_dir)["salt"]
     ledgers = [file for name in (LEDGER_FILE, TEST_LEDGER_FILE) if (file := run_dir / name).is_file()]
-    for batch in batched(records, _BATCH_RECORDS):
-        hashes = [_hash(record, salt) for record in batch]
-        rows: dict[bytes, list[dict[str, Any]]] = {}
-        for file in ledgers:
-            for row in find_in_ledger(file, {value for value in hashes if value is not None}):
-                rows.setdefault(row["content_sha256"], []).append(row)
-        for record, value in zip(batch, hashes, strict=True):
-            yield {"record": record.location, **describe_use(rows.get(value, []) if value else [], steps)}
+    hashes = [(record.location, _hash(record, salt)) for record in records]
+    wanted = {value for _, value in hashes if value is not None}
+    rows: dict[bytes, list[dict[str, Any]]] = {}
+    for file in ledgers:  # read once, however many records there are
+        for row in find_in_ledger(file, wanted):
+            rows.setdefault(row["content_sha256"], []).append(row)
+    for location, value in hashes:
+        yield {"record": location, **describe_use(rows.get(value, []) if value else [], steps)}
 
 
 def _hash(record: Record | InvalidRecord, salt: str) -> bytes | None:

@@ -1,17 +1,24 @@
 """verify: records looked up in the ledger, a run trained again, and the signature of an export."""
 
 import csv
+import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from audit.conftest import RUN
+from lit_phi2.audit import verify
+from lit_phi2.audit.ledger import find_in_ledger
 from lit_phi2.cli.main import main
+from lit_phi2.data.records import ReadOptions, read_records
 
 CONFIG = str(RUN / "config.yaml")
 needs_model_signing = pytest.mark.skipif(
@@ -72,6 +79,27 @@ def test_a_record_left_out_or_tested_is_told_apart(workplace: Path, capsys: pyte
     assert (second["status"], repeated["status"]) == ("left out", "trained")
     assert "the limit is 512" in str(second["reason"])
     assert look_up("test.jsonl", capsys, run)[0]["status"] == "test"
+
+
+def test_the_ledger_is_read_once_for_any_number_of_records(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First and last of 40,002 records were used; what they were used for is the ledger's, by id."""
+    known, _ = read_records(["claims.jsonl"], ReadOptions(), needs_response=True)
+    first, last = known[0], known[1]
+    unknown = (dataclasses.replace(first, response=f"Nobody knows {number}.") for number in range(40_000))
+    opened: list[Path] = []
+
+    def find(file: Path, hashes: set[bytes]) -> Iterator[dict[str, Any]]:
+        opened.append(file)
+        return find_in_ledger(file, hashes)
+
+    monkeypatch.setattr(verify, "find_in_ledger", find)
+    found = list(verify.look_up(itertools.chain([first], unknown, [last]), RUN, None))
+    ledger = {row["id"]: row for row in pq.read_table(RUN / "ledger.parquet").to_pylist()}
+    assert opened == [RUN / "ledger.parquet"]
+    for record, use in ((first, found[0]), (last, found[-1])):
+        assert use["splits"] == [ledger[record.id]["split"]]
+        assert use.get("uses", []) == ledger[record.id]["uses"]
+    assert {use["status"] for use in found[1:-1]} == {"unknown"}
 
 
 def test_a_replay_from_the_run_folder_is_bit_equal(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
