@@ -31,9 +31,11 @@ from lit_phi2.training.memory_terms import (
     workspace_bytes,
 )
 
-# Beside weights and tensors, measured by scripts/memory_plan_check.py: what fit and predict load after the data is read
-# (TensorBoard, autograd, kernels that are compiled for their shapes), and the CUDA context with its libraries.
-LATER_BYTES = {"cpu": 170 * 10**6, "cuda": 600 * 10**6, "mps": 300 * 10**6}
+# Beside weights and tensors. What a context and its libraries take on a device:
+CONTEXT_BYTES = {"cuda": 600 * 10**6, "mps": 300 * 10**6}
+# and what fit loads in the process after the data is read, measured by scripts/memory_plan_check.py: TensorBoard,
+# autograd, kernels that are compiled for their shapes. predict holds fewer records instead, so nothing is added.
+TRAINING_BYTES = {"cpu": 170 * 10**6}
 SHORTEST_ROW = 128  # tokens; data.max_length is not lowered below it
 
 
@@ -77,6 +79,7 @@ def plan_fit(phi: PhiSizes, work: Workload, program: int, memory: int) -> Plan:
         "work space": workspace_bytes(phi, work),
         "logits": logits_bytes(phi, work),
     }
+    program += TRAINING_BYTES.get(work.device_type, 0)
     base = program + sum(held.values())
     samples = replace(work, slots=min(work.slots, NUM_SAMPLES))
     decoding = _decoding_terms(phi, samples, work.max_new_tokens, memory - base)

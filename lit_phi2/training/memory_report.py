@@ -21,7 +21,7 @@ from lit_phi2.generation.weights import available_memory
 from lit_phi2.model.device import choose_dtype
 from lit_phi2.model.lora import check_targets
 from lit_phi2.pretrained import read_model_config, resolve_base_model
-from lit_phi2.training.memory_plan import LATER_BYTES, Plan, changes_to_fit, plan_fit, plan_predict
+from lit_phi2.training.memory_plan import CONTEXT_BYTES, Plan, changes_to_fit, plan_fit, plan_predict
 from lit_phi2.training.memory_terms import PhiSizes, Workload
 from lit_phi2.training.module import LitPhi2
 
@@ -58,7 +58,7 @@ def memory_report(model: LitPhi2, data: ClaimsDataModule) -> str:
     for size in CARDS_GIB:
         card_dtype = torch.bfloat16 if model.compute_dtype == "auto" else dtype
         work = _workload(model, data, card_dtype, "cuda")
-        lines.append(_verdict(f"{size} GB card, {_name(card_dtype)}", phi, work, LATER_BYTES["cuda"], size * 2**30))
+        lines.append(_verdict(f"{size} GB card, {_name(card_dtype)}", phi, work, CONTEXT_BYTES["cuda"], size * 2**30))
     return "\n".join(lines)
 
 
@@ -94,8 +94,8 @@ def longest_prompt(split: Split) -> int:
 def program_bytes(device: torch.device) -> int:
     """What a run takes on a device beside weights and tensors; on a CPU also what this process has taken already."""
     if device.type == "cuda":
-        return LATER_BYTES["cuda"]
-    return LATER_BYTES.get(device.type, 0) + int(psutil.Process().memory_info().rss)
+        return CONTEXT_BYTES["cuda"]
+    return CONTEXT_BYTES.get(device.type, 0) + int(psutil.Process().memory_info().rss)
 
 
 def device_bytes(device: torch.device) -> int:
