@@ -50,10 +50,11 @@ def main() -> None:
             settings = [*case, "--trainer.default_root_dir", folder]
             planned = planned_peaks(settings)
             for subcommand in args.subcommands:
-                more = STEPS
                 if subcommand == "predict":
-                    more = ["--data.predict_files", str(prompts), "--model.base", endless_base(settings, folder)]
-                peak = measured_peak([subcommand, *settings, *more])
+                    words = [*with_endless_base(settings, folder), "--data.predict_files", str(prompts)]
+                else:
+                    words = [*settings, *STEPS]
+                peak = measured_peak([subcommand, *words])
                 deviation = planned[subcommand] / peak - 1
                 cells = f"{planned[subcommand] / 1e6:,.0f} | {peak / 1e6:,.0f} | {deviation:+.1%}"
                 print(f"| {name} | {subcommand} | {cells} |", flush=True)
@@ -75,13 +76,16 @@ def write_longest_prompt(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
-def endless_base(settings: list[str], folder: str) -> str:
-    """A copy of the base that never chooses EOS, so that every completion runs to its limit."""
+def with_endless_base(settings: list[str], folder: str) -> list[str]:
+    """The settings with a copy of their base that never chooses EOS, so that every completion runs to its limit."""
     from safetensors.torch import load_file, save_file
 
     from lit_phi2.pretrained import resolve_base_model
 
-    name = settings[settings.index("--model.base") + 1] if "--model.base" in settings else "tiny"
+    place = settings.index("--model.base") if "--model.base" in settings else None
+    if place is None and "tiny.yaml" not in settings:
+        sys.exit("memory_plan_check: name the base after --, as --model.base NAME.")
+    name = "tiny" if place is None else settings[place + 1]
     source, target = resolve_base_model(name).folder, Path(folder, "endless")
     if not target.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
@@ -90,7 +94,8 @@ def endless_base(settings: list[str], folder: str) -> str:
         weights["lm_head.bias"][eos] = -1e4
         (target / "model.safetensors").unlink()
         save_file(weights, target / "model.safetensors", {"format": "pt"})
-    return str(target)
+    others = settings if place is None else settings[:place] + settings[place + 2 :]
+    return [*others, "--model.base", str(target)]
 
 
 def planned_peaks(settings: list[str]) -> dict[str, int]:

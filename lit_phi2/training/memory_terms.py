@@ -229,7 +229,8 @@ def prefill_bytes(phi: PhiSizes, work: Workload) -> int:
 def copy_bytes(phi: PhiSizes, work: Workload, num_passes: int, free: int) -> int:
     """The copy of the weights that decoding makes if it pays and fits; 0 if not. See `generation/weights.py`.
 
-    On a CPU it is of every matrix, elsewhere of those with an adapter.
+    On a CPU it is of every matrix, in float32 unless bfloat16 is faster there, which only a run measures; elsewhere of
+    those with an adapter.
 
     Args:
         phi: sizes of the base.
@@ -239,9 +240,11 @@ def copy_bytes(phi: PhiSizes, work: Workload, num_passes: int, free: int) -> int
     """
     if work.device_type == "cpu":
         numel = phi.num_layers * phi.num_block_weights + phi.vocab_size * phi.width
+        itemsize = FLOAT32_BYTES
     else:
+        itemsize = work.dtype.itemsize
         numel = phi.num_layers * sum(
             num_in * num_out for name, (num_in, num_out) in phi.linear_layers.items() if name in work.targets
         )
-    size = numel * work.dtype.itemsize
+    size = numel * itemsize
     return size if num_passes >= MIN_PASSES and size <= MEMORY_SHARE * free else 0
