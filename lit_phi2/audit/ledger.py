@@ -142,9 +142,11 @@ def _steps_of_epochs(split: Split, taken: StepsTaken, file: IO[bytes]) -> Array:
     steps[:] = -1
     for epoch in range(num_epochs):
         number = 0 if taken.repeats_epoch else epoch
-        of_epoch = steps_of_examples(split.lengths, split.supervised, taken.batching, seed=taken.seed, epoch=number)
-        of_epoch[of_epoch >= 0] += epoch * taken.steps_per_epoch
-        steps[epoch] = np.where(of_epoch < taken.steps, of_epoch, -1)
+        steps_in_epoch = steps_of_examples(
+            split.lengths, split.supervised, taken.batching, seed=taken.seed, epoch=number
+        )
+        steps_in_epoch[steps_in_epoch >= 0] += epoch * taken.steps_per_epoch
+        steps[epoch] = np.where(steps_in_epoch < taken.steps, steps_in_epoch, -1)
     return steps
 
 

@@ -145,10 +145,10 @@ def format_findings(findings: Sequence[Finding], top: int) -> str:
     """A table of the first findings of each kind, and how many there are."""
     lines = []
     for kind in FINDING_KINDS:
-        of_kind = [finding for finding in findings if finding.kind == kind]
-        meaning = f" (score: {of_kind[0].meaning})" if of_kind else ""
-        lines.append(f"{kind}: {len(of_kind):,}{meaning}")
-        for finding in of_kind[:top]:
+        same_kind = [finding for finding in findings if finding.kind == kind]
+        meaning = f" (score: {same_kind[0].meaning})" if same_kind else ""
+        lines.append(f"{kind}: {len(same_kind):,}{meaning}")
+        for finding in same_kind[:top]:
             other = f"  like {finding.other}" if finding.other else ""
             lines.append(f"  {finding.rank:>4}  {finding.score:>8.3f}  {finding.split:<5}  {finding.location}{other}")
     return "\n".join(lines)

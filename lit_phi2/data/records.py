@@ -158,7 +158,7 @@ def iter_records(
 def _redact(record: Record | InvalidRecord, kinds: tuple[str, ...], default_id: str) -> Record | InvalidRecord:
     """The record with placeholders for its identifiers; the default id in place of an id that holds one.
 
-    The text of an invalid record is left out: it may be in a form in which identifiers cannot be told apart.
+    The text of an invalid record is left out: it may be in a form in which identifiers cannot be recognised.
     """
     if isinstance(record, InvalidRecord):
         shown_id = record.record_id if record.forgotten else redacted_id(record.record_id, default_id, kinds)
