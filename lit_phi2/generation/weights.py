@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 MIN_PASSES = 100  # a copy takes as long as some tens of passes
 MEMORY_SHARE = 0.5  # of the available memory that a copy may take
 PACKED_ROWS = 32  # of a product that packed weights give at least; drafts need some
-MAX_ROWS = 128  # of a product of float32 copies
 MIN_SPEEDUP = 1.2  # of float32 over bfloat16: an answer should not depend on the noise of a measurement
 
 Linear = Callable[[Tensor], Tensor]
@@ -65,7 +64,7 @@ class _Plan:
 
     Attributes:
         dtype: of hidden states and, where layers are copied, of the copies.
-        copies_all: every layer is a copy: in float32, its rows those of inputs; or in bfloat16, packed.
+        copies_all: every layer is a copy, packed for products of few rows.
         merges: layers with an adapter are merged copies.
         native_rows: up to how many rows bfloat16 is multiplied as such, whatever `linear.py` does.
         reasons: parts of the log line.
@@ -109,7 +108,7 @@ def prepare_weights(
         cache_dtype=model.lm_head.weight.dtype,
         min_rows=2
         if plan.copies_all and plan.dtype == torch.float32
-        else 1,  # MKL multiplies one row by another kernel, which adds in another order
+        else 1,  # one row is multiplied by another kernel, which adds in another order
     )
 
 
@@ -177,14 +176,14 @@ def _make_linear(layer: nn.Module, updates: list[LoraUpdate], plan: _Plan) -> Li
     for update in updates:
         weight = torch.addmm(weight.float(), update.b.float(), update.a.float(), alpha=update.scale)
     bias = base.bias.detach().to(plan.dtype)
-    if plan.copies_all and plan.dtype == torch.bfloat16:
-        packed = _pack(weight.to(plan.dtype))
-        shared = _shared_linear(base, updates, 0)  # for long prompts; an unpacked merged copy would be one more model
-        native_rows = plan.native_rows
-        return lambda x: _packed_product(x, packed, bias) if len(x) <= native_rows else shared(x)
-    if plan.copies_all:
-        return partial(_chunked_product, matrix=weight.to(plan.dtype).t().contiguous(), bias=bias)
-    return partial(_product, matrix=weight.to(plan.dtype).t(), bias=bias, native_rows=plan.native_rows)
+    if not plan.copies_all or not torch.backends.mkldnn.is_available():
+        return partial(_product, matrix=weight.to(plan.dtype).t(), bias=bias, native_rows=plan.native_rows)
+    packed = _pack(weight.to(plan.dtype))
+    if plan.dtype == torch.float32:
+        return partial(_packed_product, packed=packed, bias=bias)
+    shared = _shared_linear(base, updates, 0)  # for long prompts; an unpacked merged copy would be one more model
+    native_rows = plan.native_rows
+    return lambda x: _packed_product(x, packed, bias) if len(x) <= native_rows else shared(x)
 
 
 def _product(x: Tensor, *, matrix: Tensor, bias: Tensor, native_rows: int) -> Tensor:
@@ -193,7 +192,11 @@ def _product(x: Tensor, *, matrix: Tensor, bias: Tensor, native_rows: int) -> Te
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """A bfloat16 weight in the layout that oneDNN multiplies; torch's own products bring it there in every call."""
+    """A weight in the layout that oneDNN multiplies; torch's own products bring it there in every call.
+
+    In float32 a packed weight gives the bits of 2 rows for any larger number of rows, so a token has the same logits
+    beside any others, and few rows are read from memory at its bandwidth.
+    """
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
@@ -202,17 +205,6 @@ def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + bias for a packed W. Private names, which torch's own compiler calls in the pinned version."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
-
-
-def _chunked_product(x: Tensor, *, matrix: Tensor, bias: Tensor) -> Tensor:
-    """x matrix + bias, for a contiguous matrix whose rows are those of inputs.
-
-    MKL multiplies few rows by such a matrix half again as fast as by W^T, and adds in one order for 2 to MAX_ROWS rows:
-    a token has the same logits beside any others.
-    """
-    if len(x) <= MAX_ROWS:
-        return torch.addmm(bias, x, matrix)
-    return torch.cat([torch.addmm(bias, rows, matrix) for rows in x.chunk(-(-len(x) // MAX_ROWS))])
 
 
 def _shared_linear(base: Any, updates: list[LoraUpdate], native_rows: int) -> Linear:
@@ -242,23 +234,23 @@ def available_memory(device: torch.device) -> int:
 
 
 def _fastest_product(head: Any, num_rows: int) -> tuple[str, float]:
-    """How this CPU multiplies a few rows by bfloat16 weights fastest, measured on a part of the head.
+    """How this CPU multiplies a few rows by bfloat16 weights fastest, measured on the head.
+
+    Few rows take as long as reading the weights, so the head is measured whole: a part of it would stay in a cache.
 
     Returns:
         native, emulated (`linear.py` in float32, chunk by chunk), packed or float32 (copies); and how many times as
         fast as the better of the first two the best copies are.
     """
-    weight = head.rows(slice(0, 4096)).detach()
-    x, copy = torch.ones(num_rows, weight.shape[1]), weight.float().t().contiguous()
-    rows = x.to(weight.dtype)
+    weight = head.rows(slice(None)).detach()
+    rows = torch.ones(num_rows, weight.shape[1], dtype=weight.dtype)
     seconds = {
         "native": _best_seconds(lambda: rows @ weight.t()),
         "emulated": _best_seconds(lambda: frozen_matmul(rows, weight.t())),
-        "float32": _best_seconds(lambda: x @ copy),
+        "float32": _packed_seconds(rows.float(), weight.float()),
     }
     if cpu_bf16_instructions() is not None and torch.backends.mkldnn.is_available():
-        packed = _pack(weight)
-        seconds["packed"] = _best_seconds(lambda: _packed_product(rows, packed, None))
+        seconds["packed"] = _packed_seconds(rows, weight)
     own = min(("native", "emulated"), key=seconds.__getitem__)
     # Packed products give the bits of native ones; float32 must be clearly faster.
     if (
@@ -271,10 +263,17 @@ def _fastest_product(head: Any, num_rows: int) -> tuple[str, float]:
     return ("float32" if speedup >= MIN_SPEEDUP else own), speedup
 
 
+def _packed_seconds(rows: Tensor, weight: Tensor) -> float:
+    if not torch.backends.mkldnn.is_available():
+        return _best_seconds(lambda: rows @ weight.t())
+    packed = _pack(weight)
+    return _best_seconds(lambda: _packed_product(rows, packed, None))
+
+
 def _best_seconds(product: Callable[[], Tensor]) -> float:
     def seconds() -> float:
         start = time.perf_counter()
         product()
         return time.perf_counter() - start
 
-    return min(seconds() for _ in range(8))
+    return min(seconds() for _ in range(3))

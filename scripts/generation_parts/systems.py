@@ -291,12 +291,12 @@ class Bandwidth(System):
 
     def __init__(self, settings: SystemSettings) -> None:
         super().__init__(settings)
-        self.buffer = torch.ones(settings.batch_size * 2**18)  # batch_size MiB, larger than the caches
+        self.buffer = torch.ones(settings.batch_size * 2**8, 2**10)  # batch_size MiB, larger than the caches
 
     def read(self) -> float:
-        """Bytes a second of a sum."""
+        """Bytes a second of a product with a vector, which reads faster than a sum does."""
         began = self.now()
-        self.buffer.sum()
+        self.buffer @ self.buffer[0]
         return self.buffer.nbytes / (self.now() - began)
 
 
