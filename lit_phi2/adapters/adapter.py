@@ -21,6 +21,7 @@ from torch import Tensor
 from lit_phi2.base_digest import different_parts
 from lit_phi2.data.prompts import TEMPLATE_DIGEST, TEMPLATE_VERSION
 from lit_phi2.errors import InputError
+from lit_phi2.model.calibration import QuantizationTable
 from lit_phi2.model.loading import empty_phi2, linear_layers
 from lit_phi2.model.lora import (
     LoraSettings,
@@ -45,6 +46,7 @@ class Adapter:
         base: base, base_revision and base_digest; the digest is empty where it is unknown.
         template_version: of the prompts it was trained on; 0 where it is unknown.
         template_digest: of these prompts; empty where it is unknown.
+        quantization: how the base's layers were multiplied in 8 bits (`model/calibration.py`); None in 16 or 32 bits.
         is_partial: another tool trained it in some layers only; `check_adapter` adds the others, which change nothing.
     """
 
@@ -53,6 +55,7 @@ class Adapter:
     base: dict[str, str]
     template_version: int
     template_digest: str = ""
+    quantization: QuantizationTable | None = None
     is_partial: bool = False
 
 

@@ -37,6 +37,7 @@ _STATE = {
     "use_rslora": one_of(True, False),
     "template_version": integer(0, 2**31 - 1),
     "template_digest": TEXT,  # checkpoints of either format may lack it
+    "quantization": OBJECT,  # of a run in 8 bits
     "run": OBJECT,
     "environment": OBJECT,
     "accumulate_grad_batches": integer(1, 2**31 - 1),
@@ -94,7 +95,7 @@ def check_checkpoint(checkpoint: dict[str, Any], *, source: str) -> Adapter:
             f"{_PLAIN_LORA_FORMAT} and {CHECKPOINT_FORMAT}. Train again, or remove lit_phi2.json from the run's "
             "adapter folder and start from that with --model.adapter."
         )
-    absent = {"template_digest"} | ({"use_rslora"} if format_version == _PLAIN_LORA_FORMAT else set())
+    absent = {"template_digest", "quantization"} | ({"use_rslora"} if format_version == _PLAIN_LORA_FORMAT else set())
     check_values(state, _STATE, source=source, required=_STATE.keys() - absent)
     return adapter_from_state(state, weights)
 
@@ -110,6 +111,7 @@ def adapter_to_state(adapter: Adapter) -> dict[str, Any]:
         "use_rslora": adapter.settings.use_rslora,
         "template_version": adapter.template_version,
         "template_digest": adapter.template_digest,
+        **({} if adapter.quantization is None else {"quantization": adapter.quantization}),
     }
 
 
@@ -123,4 +125,5 @@ def adapter_from_state(state: Mapping[str, Any], weights: Mapping[str, Tensor]) 
         base={key: state[key] for key in ("base", "base_revision", "base_digest")},
         template_version=state["template_version"],
         template_digest=state.get("template_digest", ""),
+        quantization=state.get("quantization"),
     )

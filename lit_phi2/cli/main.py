@@ -24,7 +24,8 @@ from lit_phi2.utils.signals import stop_request
 BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 OUT_OF_MEMORY = (
     "out of memory. inspect with the same settings prints what each part needs, and which key to change: "
-    "data.batch_size, data.max_length, model.activation_checkpointing, model.dtype; for completions model.max_slots."
+    "data.batch_size, data.max_length, model.activation_checkpointing, model.dtype, model.quantization; for "
+    "completions model.max_slots."
 )
 _NO_MEMORY = re.compile(r"(?i)out of memory|not enough memory|can't allocate memory")
 _PEER_ERROR = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|broken pipe")

@@ -3,6 +3,7 @@
     W, A, B  ->  W + scale B A, added in float32, rounded once          a copy, layer by layer, if memory allows
     W, A, B  ->  x W^T + scale (x A^T) B^T                              no copy: the model's own weights
     W        ->  the model's own weights, or a copy in the dtype and layout that this machine multiplies faster
+    int8     ->  the model's own weights; sums of int8 products are exact
 
 The model is only read. A copy lasts as long as the engine.
 """
@@ -24,6 +25,7 @@ from lit_phi2.model.device import cpu_bf16_instructions, total_memory
 from lit_phi2.model.linear import frozen_matmul
 from lit_phi2.model.lora import LoraUpdate, lora_updates
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
+from lit_phi2.model.quantization import Int8Linear
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class _Plan:
         dtype: of hidden states and, where layers are copied, of the copies.
         copies_all: every layer is a copy, packed for products of few rows.
         merges: layers with an adapter are merged copies.
+        is_quantized: layers are multiplied in int8, as they are.
         native_rows: up to how many rows bfloat16 is multiplied as such, whatever `linear.py` does.
         reasons: parts of the log line.
     """
@@ -73,6 +76,7 @@ class _Plan:
     dtype: torch.dtype
     copies_all: bool
     merges: bool
+    is_quantized: bool
     native_rows: int
     reasons: list[str]
 
@@ -105,10 +109,9 @@ def prepare_weights(
         norm=_layer_norm(model.model.final_layernorm, plan.dtype),
         head=make(model.lm_head),
         dtype=plan.dtype,
-        cache_dtype=model.lm_head.weight.dtype,
-        min_rows=2
-        if plan.copies_all and plan.dtype == torch.float32
-        else 1,  # one row is multiplied by another kernel, which adds in another order
+        cache_dtype=model.lm_head.dtype,
+        # One row is multiplied by another kernel, which adds in another order.
+        min_rows=2 if plan.dtype == torch.float32 and (plan.copies_all or plan.is_quantized) else 1,
     )
 
 
@@ -116,7 +119,10 @@ def _choose_plan(
     model: FusedPhiForCausalLM, layers: list[nn.Module], adapted: list[nn.Module], num_rows: int, pays: bool
 ) -> _Plan:
     head: Any = model.lm_head
-    dtype, native_rows, copies_all, reasons = head.weight.dtype, 0, False, []
+    dtype, native_rows, copies_all, reasons = head.dtype, 0, False, []
+    if isinstance(head, Int8Linear):
+        reasons = ["the adapter is added in every pass, because weights are in 8 bits"] if adapted else []
+        return _Plan(dtype, copies_all, merges=False, is_quantized=True, native_rows=0, reasons=reasons)
     if head.weight.device.type == "cpu" and pays:
         numel = sum(base_layer(layer).weight.numel() for layer in [*layers, head])
         if dtype == torch.float32:
@@ -139,7 +145,8 @@ def _choose_plan(
         else:
             why = f"a copy of {num_bytes / 1e6:,.0f} MB does not fit the memory" if pays else "few tokens are expected"
             reasons.insert(0, f"the adapter is added in every pass, because {why}")
-    return _Plan(dtype, copies_all, bool(adapted) and pays and fits, native_rows, reasons)
+    merges = bool(adapted) and pays and fits
+    return _Plan(dtype, copies_all, merges, is_quantized=False, native_rows=native_rows, reasons=reasons)
 
 
 def base_layer(layer: Any) -> Any:
@@ -209,15 +216,24 @@ def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 def _shared_linear(base: Any, updates: list[LoraUpdate], native_rows: int) -> Linear:
     """x W^T + bias with the model's own weight, and the update of every adapter."""
+    products = [(_low_rank_product(update, base), update.scale) for update in updates]
 
     def product(x: Tensor) -> Tensor:
         out = F.linear(x, base.weight, base.bias) if len(x) <= native_rows else base.matmul(x)
-        for update in updates:
-            lora_x = frozen_matmul(x, update.a.to(x.dtype).t())
-            out = out.add_(frozen_matmul(lora_x, update.b.to(x.dtype).t()), alpha=update.scale)
+        for low_rank, scale in products:
+            out = out.add_(low_rank(x), alpha=scale)
         return out
 
     return product
+
+
+def _low_rank_product(update: LoraUpdate, base: Any) -> Linear:
+    """x A^T B^T, in the dtype of the layer."""
+    a, b = update.a.to(base.dtype), update.b.to(base.dtype)
+    if base.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        packed_a, packed_b = _pack(a), _pack(b)
+        return lambda x: _packed_product(_packed_product(x, packed_a, None), packed_b, None)
+    return lambda x: frozen_matmul(frozen_matmul(x, a.t()), b.t())
 
 
 def _fits(num_bytes: int, device: torch.device) -> bool:

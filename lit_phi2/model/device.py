@@ -12,10 +12,12 @@ import ctypes
 import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from lit_phi2.errors import InputError
 
@@ -107,20 +109,24 @@ def bf16_speedup() -> float:
     many short products on one thread is taken, so that other jobs and other ranks on the machine do not change the
     answer.
     """
+    x, weight = torch.ones(128, 512), torch.ones(512, 512)
+    bf16_x, bf16_weight = x.bfloat16(), weight.bfloat16()
+    return fastest_seconds(lambda: x @ weight.t()) / fastest_seconds(lambda: bf16_x @ bf16_weight.t())
+
+
+def fastest_seconds(product: Callable[[], Tensor]) -> float:
+    """Seconds of the fastest of 30 calls on one thread; other jobs interrupt few that take less than a millisecond."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = {dtype: min(_matmul_seconds(dtype) for _ in range(30)) for dtype in (torch.float32, torch.bfloat16)}
+        return min(_seconds(product) for _ in range(30))
     finally:
         torch.set_num_threads(num_threads)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Seconds of a (128, 512) x (512, 512) product; other jobs interrupt few of so short ones."""
-    x, weight = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+def _seconds(product: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
-    x @ weight.t()
+    product()
     return time.perf_counter() - start
 
 

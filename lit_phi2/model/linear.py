@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lit_phi2.model.device import has_fast_bf16
 
 CHUNK_NUMEL = 2**21  # elements of a weight that are float32 at the same time: 8 MiB
+ALL = slice(None)
 EMULATION_MIN_ROWS = 5  # with fewer rows torch's own loops are faster: decoding multiplies one token per completion
 
 
@@ -25,32 +26,58 @@ class FrozenLinear(nn.Linear):
     """nn.Linear for weights that are not trained.
 
     `matmul`, `matmul_t` and `rows` are the only ways in which the LoRA layer and the loss read the weight, so another
-    storage format can replace them.
+    storage format can replace them (`quantization.py`).
     """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of results and of `rows`."""
+        return self.weight.dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out); differentiable in the input."""
-        x = input.reshape(-1, input.shape[-1])
-        if self.weight.requires_grad or matmul_dtype(x) == self.weight.dtype:
+        if self.weight.requires_grad or matmul_dtype(input.flatten(0, -2)) == self.weight.dtype:
             return super().forward(input)
-        output: Tensor = _FrozenLinearFn.apply(x, self)
+        return self.frozen_forward(input)
+
+    def frozen_forward(self, input: Tensor) -> Tensor:
+        """`forward` by `matmul`, and its gradient by `matmul_t`."""
+        output: Tensor = _FrozenLinearFn.apply(input.reshape(-1, input.shape[-1]), self)
         return output.view(*input.shape[:-1], -1)
 
     def matmul(
-        self, x: Tensor, *, lora_x: Tensor | None = None, lora_b: Tensor | None = None, scale: float = 1.0
+        self,
+        x: Tensor,
+        *,
+        features: slice = ALL,
+        use_bias: bool = True,
+        lora_x: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
         """x W^T + bias + scale lora_x lora_b, (N, in) -> (N, out), without a gradient.
 
         Args:
             x: (N, in).
+            features: of the output, that are computed.
+            use_bias: whether the bias is added.
             lora_x, lora_b: (N, r) and (r, out), a low-rank update; both or neither.
             scale: of the update.
         """
-        return frozen_matmul(x, self.weight.t(), bias=self.bias, lora_x=lora_x, lora_b=lora_b, scale=scale)
+        bias = self.bias[features] if use_bias and self.bias is not None else None
+        return frozen_matmul(x, self.weight[features].t(), bias=bias, lora_x=lora_x, lora_b=lora_b, scale=scale)
 
-    def matmul_t(self, grad: Tensor, *, lora_x: Tensor | None = None, lora_b: Tensor | None = None) -> Tensor:
-        """grad W + lora_x lora_b, (N, out) -> (N, in), without a gradient: the gradient of the input of `matmul`."""
-        return frozen_matmul(grad, self.weight, lora_x=lora_x, lora_b=lora_b)
+    def matmul_t(
+        self, grad: Tensor, *, features: slice = ALL, lora_x: Tensor | None = None, lora_b: Tensor | None = None
+    ) -> Tensor:
+        """grad W + lora_x lora_b, (N, out) -> (N, in), without a gradient: the gradient of the input of `matmul`.
+
+        Args:
+            grad: (N, out), of the output features alone that are given.
+            features: of the output.
+            lora_x, lora_b: (N, r) and (r, in), a low-rank update; both or neither.
+        """
+        return frozen_matmul(grad, self.weight[features], lora_x=lora_x, lora_b=lora_b)
 
     def rows(self, index: slice | Tensor) -> Tensor:
         """(n, in): the weights of some output features, in the dtype of the layer."""

@@ -17,7 +17,9 @@ from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 from lit_phi2.base_config import CONFIG_FILE, make_phi_config
 from lit_phi2.base_digest import check_unchanged
 from lit_phi2.errors import InputError
+from lit_phi2.model.linear import FrozenLinear
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
+from lit_phi2.model.quantization import Int8Linear, quantize_into, use_int8
 from lit_phi2.original_code import convert_name
 from lit_phi2.pretrained import BaseModel, read_model_config
 
@@ -26,10 +28,15 @@ log = logging.getLogger(__name__)
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them; integers would need a scale
 
 
-def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
+def load_phi2(base: BaseModel, dtype: torch.dtype, *, quantize: bool = False) -> FusedPhiForCausalLM:
     """Load the base on the CPU, in eval mode, with its weights in dtype. Nothing is downloaded.
 
     Weights are read one tensor at a time, so a float16 Phi-2 of 5.6 GB takes 5.6 GB in bfloat16 and never twice that.
+
+    Args:
+        base: its files.
+        dtype: of all weights, or of those that are not quantized.
+        quantize: round the weights of all linear layers to int8 as they are read; Phi-2 takes 2.9 GB.
 
     Raises:
         InputError: see check_weights; or a file changed since the base was found.
@@ -39,15 +46,37 @@ def load_phi2(base: BaseModel, dtype: torch.dtype) -> FusedPhiForCausalLM:
     model = empty_phi2(base)
     config = model.config
     config.dtype = dtype
-    nn.Module.to(model, dtype).to_empty(device="cpu")
+    nn.Module.to(model, dtype)
+    if quantize:
+        for layer in frozen_linears(model).values():
+            use_int8(layer)
+        model.get_submodule("lm_head").grad_terms = 2  # type: ignore[assignment]  # torch takes it for a module
+    model.to_empty(device="cpu")
     model.model.rotary_emb = PhiRotaryEmbedding(config)  # its frequencies are computed, not saved
     if any(convert_name(name) != name for file in base.weight_files for name, _, _ in _read_header(base, file)):
         log.info("base %s has the names of Phi-2's original code; it is converted while it is read", base.name)
     views = dict(hf_parameter_views(model))
+    scales = dict(_scale_views(model))
     for name, weight in iter_weights(base):
-        views[name].copy_(weight)
+        if name in scales:
+            quantize_into(weight, views[name], scales[name])
+        else:
+            views[name].copy_(weight)
     check_unchanged(base.folder, base.files)
     return model.eval()
+
+
+def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
+    """The linear layers of a model by their names."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
+
+
+def _scale_views(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tensor]]:
+    """The scales of each int8 weight by its name in transformers' Phi."""
+    for name, layer in frozen_linears(model).items():
+        if isinstance(layer, Int8Linear):
+            hf_names = _hf_projections(f"{name}.weight")
+            yield from zip(hf_names, layer.weight_scale.chunk(len(hf_names)), strict=True)
 
 
 def empty_phi2(base: BaseModel) -> FusedPhiForCausalLM:
@@ -91,11 +120,15 @@ def check_weights(base: BaseModel) -> None:
 def hf_parameter_views(model: FusedPhiForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """Each parameter of transformers' Phi by its name there, as a view of the fused model's memory."""
     for name, parameter in model.named_parameters():
-        if ".Wqkv." not in name:
-            yield name, parameter.data
-            continue
-        for projection, rows in zip("qkv", parameter.data.chunk(3), strict=True):
-            yield name.replace(".Wqkv.", f".{projection}_proj."), rows
+        hf_names = _hf_projections(name)
+        yield from zip(hf_names, parameter.data.chunk(len(hf_names)), strict=True)
+
+
+def _hf_projections(name: str) -> list[str]:
+    """The parameters of transformers' Phi that one of the fused model holds: three for Wqkv, else one."""
+    if ".Wqkv." not in name:
+        return [name]
+    return [name.replace(".Wqkv.", f".{projection}_proj.") for projection in "qkv"]
 
 
 def _read_header(base: BaseModel, file: str) -> list[tuple[str, list[int], str]]:
@@ -123,7 +156,7 @@ def _hf_names(name: str, shape: list[int]) -> list[str]:
     hf_name = convert_name(name)
     if hf_name == name or ".Wqkv." not in hf_name or not shape or shape[0] % 3:
         return [hf_name]
-    return [hf_name.replace(".Wqkv.", f".{projection}_proj.") for projection in "qkv"]
+    return _hf_projections(hf_name)
 
 
 def iter_weights(base: BaseModel, prefix: str | tuple[str, ...] = "") -> Iterator[tuple[str, Tensor]]:
@@ -145,6 +178,13 @@ def iter_weights(base: BaseModel, prefix: str | tuple[str, ...] = "") -> Iterato
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise _unreadable(base, file, error) from error
             yield from zip(hf_names, weight.chunk(len(hf_names)) if len(hf_names) > 1 else [weight], strict=True)
+
+
+def read_weight(base: BaseModel, layer: str) -> Tensor:
+    """(out, in): the weight of a linear layer of the fused model, as it is in the files."""
+    names = _hf_projections(f"{layer}.weight")
+    found = dict(iter_weights(base, tuple(names)))
+    return torch.cat([found[name] for name in names]) if len(names) > 1 else found[names[0]]
 
 
 def _unreadable(base: BaseModel, file: str, error: Exception) -> InputError:

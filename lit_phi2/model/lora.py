@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from lit_phi2.errors import InputError
 from lit_phi2.model.linear import FrozenLinear, frozen_matmul
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
+from lit_phi2.model.quantization import Int8Linear
 
 QKV_PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # transformers' names, in the order of the rows of Wqkv
 
@@ -64,9 +65,11 @@ def use_fused_lora(model: nn.Module) -> None:
         if type(module) is not LoraLinear or module.lora_variant:
             continue
         base: Any = module.base_layer
-        if type(base) not in (nn.Linear, FrozenLinear) or module.fan_in_fan_out or any(module.lora_bias.values()):
+        if module.fan_in_fan_out or any(module.lora_bias.values()) or base.weight.requires_grad:
             continue
-        if base.weight.is_floating_point() and not base.weight.requires_grad:
+        if isinstance(base, Int8Linear):
+            module.__class__ = FusedLoraLinear
+        elif type(base) in (nn.Linear, FrozenLinear) and base.weight.is_floating_point():
             base.__class__ = FrozenLinear  # the same parameters
             module.__class__ = FusedLoraLinear
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-from lit_phi2.model.linear import FrozenLinear, frozen_matmul, matmul_dtype
+from lit_phi2.model.linear import FrozenLinear, matmul_dtype
 from lit_phi2.types import IGNORE_INDEX
 
 LOGITS_BYTES = 64 * 2**20  # upper bound on the logits in memory at the same time, for any batch
@@ -91,7 +91,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, head.out_features, softmax.chunk_size):
             chunk = slice(start, start + softmax.chunk_size)
             bias = None if head.bias is None else head.bias[chunk]
-            softmax.add_chunk(head.rows(chunk), bias, start)
+            softmax.add_chunk(head, chunk, bias)
         nats = (softmax.max_logit + softmax.sum_exp.log() - softmax.target_logit).sum()
         ctx.save_for_backward(softmax.grad(head.rows(targets)) if softmax.with_grad else None)
         num_correct = softmax.num_correct()
@@ -131,23 +131,24 @@ class _OnlineSoftmax:
         self.chunk_size = -(-vocab_size // -(-vocab_size // limit))  # chunks of about the same size
         self.buffer = hidden.new_empty(len(hidden) * self.chunk_size, dtype=self.acc_dtype)
 
-    def add_chunk(self, weight: Tensor, bias: Tensor | None, start: int) -> None:
-        """Add the logits of the tokens from `start` on, whose weights are (n, D)."""
+    def add_chunk(self, head: FrozenLinear, chunk: slice, bias: Tensor | None) -> None:
+        """Add the logits of some tokens of the vocabulary, given the output layer and their bias, (n,)."""
         num_positions = len(self.hidden)
-        padded_logits = frozen_matmul(self.padded, weight.t())
-        logits = self.buffer[: num_positions * len(weight)].view(num_positions, -1)
+        padded_logits = head.matmul(self.padded, features=chunk, use_bias=False)
+        num_tokens = padded_logits.shape[1]
+        logits = self.buffer[: num_positions * num_tokens].view(num_positions, -1)
         logits.copy_(padded_logits[:num_positions])
         if bias is not None:
             logits.add_(bias)
         # Masks instead of the indices of the targets in this chunk: a GPU would have to synchronize for each chunk.
-        column = (self.targets - start)[:, None]
-        in_chunk = (column >= 0) & (column < len(weight))
-        column = column.clamp(0, len(weight) - 1)
+        column = (self.targets - chunk.start)[:, None]
+        in_chunk = (column >= 0) & (column < num_tokens)
+        column = column.clamp(0, num_tokens - 1)
         self.target_logit = torch.where(in_chunk, logits.gather(1, column), self.target_logit)
         chunk_max = logits.amax(-1, keepdim=True)
         if not self.with_grad:
             is_better = (chunk_max > self.max_logit).flatten()
-            self.best_token = torch.where(is_better, logits.argmax(-1) + start, self.best_token)
+            self.best_token = torch.where(is_better, logits.argmax(-1) + chunk.start, self.best_token)
         previous_max, self.max_logit = self.max_logit, torch.maximum(self.max_logit, chunk_max)
         rescale = (previous_max - self.max_logit).exp_()
         terms = logits.sub_(self.max_logit).exp_()
@@ -156,7 +157,7 @@ class _OnlineSoftmax:
             # softmax - 1 cancels when the model is confident, so `grad` adds the target's term separately.
             terms.scatter_(1, column, terms.gather(1, column).masked_fill_(in_chunk, 0))
             padded_logits[:num_positions] = terms  # the padded matmul below reuses this memory
-            self.weighted_rows.mul_(rescale).add_(frozen_matmul(padded_logits, weight)[:num_positions])
+            self.weighted_rows.mul_(rescale).add_(head.matmul_t(padded_logits, features=chunk)[:num_positions])
 
     def grad(self, target_rows: Tensor) -> Tensor:
         """(N, D): the gradient of the summed nats with respect to hidden.

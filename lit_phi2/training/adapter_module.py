@@ -7,6 +7,7 @@ LitPhi2 (`module.py`) adds training, evaluation and checkpoints.
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +15,21 @@ from lightning.pytorch import LightningModule
 
 from lit_phi2.adapters.adapter import Adapter, make_adapter
 from lit_phi2.data.encode import token_budget
+from lit_phi2.errors import InputError
 from lit_phi2.generation.drafts import Drafter
 from lit_phi2.generation.engine import Completion, Engine, generate
 from lit_phi2.generation.feed import feed
 from lit_phi2.generation.ngrams import NgramIndex
 from lit_phi2.generation.questions import encode_question, encode_questions
+from lit_phi2.model.calibration import QuantizationTable, apply_table, calibrate, describe_table
 from lit_phi2.model.device import choose_dtype, disable_malloc_trim
 from lit_phi2.model.lora import LoraSettings, PeftModel, adapter_state_dict, load_adapter_state_dict
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
+from lit_phi2.model.quantization import check_quantization, describe_products
 from lit_phi2.pretrained import load_tokenizer, read_model_config
 from lit_phi2.training.base import CheckedBase, check_base, load_base
 from lit_phi2.training.outputs import to_output
-from lit_phi2.training.protocols import num_pending, tokenizer_of, training_data
+from lit_phi2.training.protocols import first_examples, num_pending, tokenizer_of, training_data
 from lit_phi2.types import PromptBatch
 
 log = logging.getLogger(__name__)
@@ -40,12 +44,14 @@ class AdapterModule(LightningModule):
         lora_settings: of the adapter.
         lora_dropout: on the input of LoRA's update.
         dtype: auto, bfloat16 or float32.
+        quantization: int8 for frozen weights in 8 bits, else None.
         max_new_tokens: of a completion.
         max_slots: completions at the same time; None for what memory and device suggest.
         drafts: whether passes check drafts.
         seed: of new adapter weights.
 
     Attributes:
+        quantization_table: how layers are multiplied in 8 bits, from a checkpoint or from `configure_model`.
         draft_index: of the training responses; without it drafts come from the prompt alone.
     """
 
@@ -57,6 +63,7 @@ class AdapterModule(LightningModule):
         *,
         lora_dropout: float,
         dtype: str,
+        quantization: str | None,
         max_new_tokens: int,
         max_slots: int | None,
         drafts: bool,
@@ -68,6 +75,9 @@ class AdapterModule(LightningModule):
         self.lora_settings = lora_settings
         self.lora_dropout = lora_dropout
         self.compute_dtype = dtype
+        check_quantization(quantization)
+        self.quantization = quantization
+        self.quantization_table: QuantizationTable | None = None
         self.max_new_tokens = max_new_tokens
         self.max_slots = max_slots
         self.drafts = drafts
@@ -109,8 +119,40 @@ class AdapterModule(LightningModule):
         if device.type == "cpu":
             disable_malloc_trim()
         torch.manual_seed(self.seed)  # A is initialized at random; earlier draws must not change it
-        self.phi = load_base(checked, self.lora_settings, dtype, dropout=self.lora_dropout)
+        calibrate = self._calibrate if self.quantization is not None else None
+        self.phi = load_base(checked, self.lora_settings, dtype, dropout=self.lora_dropout, calibrate=calibrate)
         self.eos_token_id = int(load_tokenizer(checked.model).eos_token_id)
+
+    def _calibrate(self, phi: FusedPhiForCausalLM) -> None:
+        """Use what a checkpoint says of the layers in 8 bits, or measure them on the first records of the data."""
+        base, adapter = self.checked.model, self.checked.adapter
+        table = self.quantization_table or (adapter.quantization if adapter is not None else None)
+        if table is None:
+            data = training_data(self.trainer) if self._trainer is not None else None
+            self.quantization_table = calibrate(phi, base, first_examples(data, base))
+            log.info("model.quantization: %s", describe_table(self.quantization_table))
+        else:
+            self.quantization_table = table
+            apply_table(phi, base, table)
+        log.info("model.quantization: %s", describe_products(self.target_device()))
+
+    def check_quantization_table(self, adapter: Adapter) -> None:
+        """Compare how the loaded base is multiplied in 8 bits with what the adapter's checkpoint says.
+
+        Raises:
+            InputError: the base was loaded before the checkpoint was known, and measured on other records.
+        """
+        known = adapter.quantization
+        if self.quantization is not None and known is not None and known != self.quantization_table:
+            raise InputError(
+                "ckpt_path: the base in 8 bits was loaded with other outlier columns than those of the checkpoint. "
+                "Give fit a new LitPhi2, which loads its base itself."
+            )
+
+    def quantization_fingerprint(self) -> list[Any] | None:
+        """What decides completions in 8 bits, beside the prompts that a base without a checkpoint is measured on."""
+        adapter = self.checked.adapter
+        return [self.quantization, adapter and adapter.quantization] if self.quantization else None
 
     def choose_dtype(self) -> tuple[torch.dtype, str]:
         """The compute dtype, and the reason."""
@@ -138,7 +180,8 @@ class AdapterModule(LightningModule):
     def trained_adapter(self) -> Adapter:
         """A copy of the adapter at this step."""
         assert self.phi is not None
-        return make_adapter(self.checked.model, self.lora_settings, adapter_state_dict(self.phi))
+        adapter = make_adapter(self.checked.model, self.lora_settings, adapter_state_dict(self.phi))
+        return replace(adapter, quantization=self.quantization_table)
 
     def adapter_in_use(self) -> Adapter | None:
         """The adapter that completions come from; None where they are the base's: B is zero until a step is taken."""

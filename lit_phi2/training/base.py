@@ -4,6 +4,7 @@ names in the config  ->  CheckedBase: files, sizes, initial adapter  ->  PeftMod
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lit_phi2.model.lora import (
     load_adapter_state_dict,
     trainable_parameters,
 )
+from lit_phi2.model.phi2 import FusedPhiForCausalLM
 from lit_phi2.pretrained import BaseModel, resolve_base_model
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,14 @@ def check_base(base: str, settings: LoraSettings, adapter: str | None) -> Checke
     return CheckedBase(model, num_layers, num_parameters(model), initial, adapter or "")
 
 
-def load_base(checked: CheckedBase, settings: LoraSettings, dtype: torch.dtype, *, dropout: float) -> PeftModel:
+def load_base(
+    checked: CheckedBase,
+    settings: LoraSettings,
+    dtype: torch.dtype,
+    *,
+    dropout: float,
+    calibrate: Callable[[FusedPhiForCausalLM], None] | None = None,
+) -> PeftModel:
     """Load the base, freeze it and add the adapter, in train mode.
 
     Args:
@@ -70,8 +79,12 @@ def load_base(checked: CheckedBase, settings: LoraSettings, dtype: torch.dtype, 
         settings: of the adapter.
         dtype: of the frozen weights.
         dropout: on the input of LoRA's update.
+        calibrate: gets the base, its weights in int8, before the adapter is added; None for a base in dtype.
     """
-    phi = add_lora(load_phi2(checked.model, dtype), settings, dropout=dropout)
+    base = load_phi2(checked.model, dtype, quantize=calibrate is not None)
+    if calibrate is not None:
+        calibrate(base)
+    phi = add_lora(base, settings, dropout=dropout)
     if checked.adapter is not None:
         load_adapter_state_dict(phi, checked.adapter.weights, source=checked.adapter_source)
     # from_pretrained returns eval mode and Lightning keeps the modes it finds, so without this the base's own

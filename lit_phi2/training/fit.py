@@ -40,6 +40,7 @@ from lit_phi2.training.reporting import write_report
 from lit_phi2.training.resume import check_resumable, repeated_outputs
 from lit_phi2.training.run_folder import broadcast_run_dir, locked, on_rank_zero, open_run_dir
 from lit_phi2.training.tensorboard import StrictTensorBoardLogger, truncate_events
+from lit_phi2.training.whole_base import log_whole_base_loss
 from lit_phi2.utils.console import shell_command
 from lit_phi2.utils.paths import GGUF_SUFFIX, find_checkpoint, run_dir_of
 from lit_phi2.utils.signals import stop_request
@@ -123,6 +124,7 @@ class FitTrainer(pl.Trainer):
         self.fit_loop = new_loops(self)
         if resumed is not None:
             _keep_dtype(model, resumed["lit_phi2"]["run"])
+            model.quantization_table = resumed["lit_phi2"].get("quantization")
         self.prepare("fit", model, datamodule)
         model.total_steps()  # raises InputError before a folder is opened
         if resumed is not None:
@@ -163,6 +165,8 @@ class FitTrainer(pl.Trainer):
         if checkpoints is not None:
             checkpoints.export(self, model)
             log.info("adapter: %s", run_dir / "adapter")
+            if model.quantization is not None and checkpoints.best.is_file():
+                log_whole_base_loss(self, model, datamodule, run_dir / "adapter", checkpoints.best_loss)
         write_report(self, run_dir)
 
     def _prepare_folder(self, run_dir: Path, datamodule: ClaimsDataModule) -> None:

@@ -70,7 +70,7 @@ def plan_fit(phi: PhiSizes, work: Workload, program: int, memory: int) -> Plan:
     """
     trained = num_lora_parameters(phi, work.lora_r, work.targets)
     held = {
-        "weights": weight_bytes(phi, work.dtype),
+        "weights": weight_bytes(phi, work),
         "LoRA, its gradients": 2 * FLOAT32_BYTES * trained,
         "optimizer": 2 * FLOAT32_BYTES * trained,  # AdamW's two moments
     }
@@ -94,7 +94,7 @@ def plan_predict(phi: PhiSizes, work: Workload, program: int, memory: int) -> Pl
         phi, work, program, memory: see plan_fit.
     """
     held = {
-        "weights": weight_bytes(phi, work.dtype),
+        "weights": weight_bytes(phi, work),
         "LoRA, its gradients": FLOAT32_BYTES * num_lora_parameters(phi, work.lora_r, work.targets),
     }
     base = program + sum(held.values())
@@ -164,6 +164,10 @@ def _half_precision(work: Workload) -> list[tuple[str, Workload]]:
     return [("model.dtype bfloat16", replace(work, dtype=torch.bfloat16))]
 
 
+def _quantized(work: Workload) -> list[tuple[str, Workload]]:
+    return [] if work.quantized else [("model.quantization int8", replace(work, quantized=True))]
+
+
 def _shorter_rows(work: Workload) -> list[tuple[str, Workload]]:
     lengths = range((work.row_length - 1) // 64 * 64, SHORTEST_ROW - 1, -64)
     return [(f"data.max_length {length}", _with_length(work, length)) for length in lengths]
@@ -184,5 +188,6 @@ _CHANGES: tuple[Callable[[Workload], list[tuple[str, Workload]]], ...] = (
     _fewer_rows,
     _checkpointing,
     _half_precision,
+    _quantized,
     _shorter_rows,
 )

@@ -1,4 +1,4 @@
-"""Memory report: the memory plan of a run as `inspect` prints it, without loading a model.
+"""Memory report: the memory plan of a run as `inspect` prints it, and what its layers lose in 8 bits.
 
 memory  base tiny, 6.8 M parameters, float32; rows 1 x 1,024 tokens; 32 completions of up to 962 tokens
                              fit     predict
@@ -11,13 +11,18 @@ memory  base tiny, 6.8 M parameters, float32; rows 1 x 1,024 tokens; 32 completi
   8 GB card, bfloat16     8.6 GB   fits
 """
 
+from collections.abc import Sequence
+
 import psutil
 import torch
 
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.splits import Split
+from lit_phi2.data.summary import report
+from lit_phi2.errors import InputError
 from lit_phi2.generation.capacity import DEFAULT_SLOTS
 from lit_phi2.generation.weights import available_memory
+from lit_phi2.model.calibration import format_table
 from lit_phi2.model.device import choose_dtype
 from lit_phi2.model.lora import check_targets
 from lit_phi2.pretrained import read_model_config, resolve_base_model
@@ -35,6 +40,32 @@ _NOTES = {
 }
 
 
+def inspection(
+    model: LitPhi2, data: ClaimsDataModule, warnings: Sequence[str], what: str, *, remove_unused_caches: bool
+) -> str:
+    """What `inspect` prints.
+
+    Args:
+        model: from the config.
+        data: after `read`.
+        warnings: of `read`.
+        what: data, or quantization for what each layer loses in 8 bits; the base is loaded for it.
+        remove_unused_caches: also remove the caches that no run uses.
+
+    Raises:
+        InputError: what is neither.
+    """
+    if what == "data":
+        memory = memory_report(model, data)
+        return report(data, warnings, remove_unused_caches=remove_unused_caches, memory=memory)
+    if what != "quantization":
+        raise InputError(f"--what: is {what!r}; expected data or quantization.")
+    model.quantization = "int8"
+    model.configure_model()
+    assert model.quantization_table is not None
+    return format_table(model.quantization_table)
+
+
 def memory_report(model: LitPhi2, data: ClaimsDataModule) -> str:
     """The plan on this device, and whether fit and predict fit it and cards of 8 to 80 GB.
 
@@ -50,8 +81,9 @@ def memory_report(model: LitPhi2, data: ClaimsDataModule) -> str:
     work = _workload(model, data, dtype, device.type)
     program, memory = program_bytes(device), device_bytes(device)
     plans = [plan(phi, work, program, memory) for plan in (plan_fit, plan_predict)]
+    weights = _name(dtype) + (", int8" if work.quantized else "")
     title = (
-        f"memory  base {base.name}, {phi.num_parameters / 1e6:,.1f} M parameters, {_name(dtype)}; rows {work.rows} x "
+        f"memory  base {base.name}, {phi.num_parameters / 1e6:,.1f} M parameters, {weights}; rows {work.rows} x "
         f"{work.row_length:,} tokens; {plans[1].slots} completions of up to {work.max_new_tokens:,} new tokens"
     )
     lines = [title, *_table(*plans), "", _verdict(f"this device, {device.type}", phi, work, program, memory)]
@@ -83,6 +115,7 @@ def _workload(model: LitPhi2, data: ClaimsDataModule, dtype: torch.dtype, device
         max(longest_prompt(split) for split in data.splits.values()),
         model.max_new_tokens,
         model.max_slots or DEFAULT_SLOTS[device_type],
+        model.quantization is not None,
     )
 
 
@@ -138,7 +171,9 @@ def _verdict(name: str, phi: PhiSizes, work: Workload, program: int, memory: int
 
 
 def _predict_change(work: Workload) -> str:
-    return "model.dtype bfloat16" if work.dtype == torch.float32 else "a smaller base or model.max_new_tokens"
+    if work.dtype == torch.float32:
+        return "model.dtype bfloat16"
+    return "a smaller base or model.max_new_tokens" if work.quantized else "model.quantization int8"
 
 
 def _name(dtype: torch.dtype) -> str:

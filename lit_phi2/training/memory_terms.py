@@ -21,6 +21,7 @@ from lit_phi2.generation.weights import MEMORY_SHARE, MIN_PASSES
 from lit_phi2.model.attention import QUERY_BLOCK
 from lit_phi2.model.linear import EMULATION_MIN_ROWS, emulates_bf16
 from lit_phi2.model.loss import LOGITS_BYTES, PAD_ROWS_TO, VOCAB_CHUNK
+from lit_phi2.model.quantization import BLOCK_ROWS
 
 FLOAT32_BYTES = 4
 
@@ -98,6 +99,7 @@ class Workload:
         longest_example: in tokens.
         prompt_length: of the longest prompt.
         slots: sequences that are completed at the same time.
+        quantized: whether the weights of linear layers are int8.
     """
 
     dtype: torch.dtype
@@ -113,6 +115,7 @@ class Workload:
     prompt_length: int
     max_new_tokens: int
     slots: int
+    quantized: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +124,9 @@ class Workload:
 
     @property
     def matmul_bytes(self) -> int:
-        """Of an element where it is multiplied; see `linear.matmul_dtype`."""
+        """Of an element where it is multiplied; see `linear.matmul_dtype` and `quantization.py`."""
+        if self.quantized:
+            return FLOAT32_BYTES
         is_emulated = self.device_type == "cpu" and self.dtype == torch.bfloat16 and emulates_bf16()
         return FLOAT32_BYTES if is_emulated and self.num_tokens >= EMULATION_MIN_ROWS else self.dtype.itemsize
 
@@ -129,9 +134,18 @@ class Workload:
 # Training
 
 
-def weight_bytes(phi: PhiSizes, dtype: torch.dtype) -> int:
-    """The frozen base. Quantized weights would be counted here, by the bytes of their matrices."""
-    return phi.num_parameters * dtype.itemsize
+def weight_bytes(phi: PhiSizes, work: Workload) -> int:
+    """The frozen base; of an int8 matrix a byte each and a float32 scale for each output feature."""
+    if not work.quantized:
+        return phi.num_parameters * work.dtype.itemsize
+    numel, features = num_matrix_elements(phi), phi.vocab_size
+    features += phi.num_layers * sum(num_out for _, num_out in phi.linear_layers.values())
+    return numel + FLOAT32_BYTES * features + (phi.num_parameters - numel) * work.dtype.itemsize
+
+
+def num_matrix_elements(phi: PhiSizes) -> int:
+    """Of the linear layers of all blocks and of the output layer."""
+    return phi.num_layers * phi.num_block_weights + phi.vocab_size * phi.width
 
 
 def num_lora_parameters(phi: PhiSizes, lora_r: int, targets: tuple[str, ...]) -> int:
@@ -182,7 +196,8 @@ def workspace_bytes(phi: PhiSizes, work: Workload) -> int:
 
     Forward, in the last block: qkv, both results, fc1's output beside what GELU makes of it. Backward, in attention:
     the gradients of qkv twice, of its output and of two hidden states, and on a CPU the scores of a block of queries
-    four times; what the MLP had saved is free by then.
+    four times; what the MLP had saved is free by then. A product in int8 has the gradient times W's scales, and of a
+    block of rows the quotients, their int8 and the int32 sums.
     """
     e, n, m = work.dtype.itemsize, work.num_tokens, work.matmul_bytes
     forward = n * e * (3 * phi.attn_width + phi.mlp_width + 2 * phi.width)
@@ -190,6 +205,10 @@ def workspace_bytes(phi: PhiSizes, work: Workload) -> int:
     if work.device_type == "cpu":
         longest = work.longest_example
         backward += 4 * phi.num_heads * min(longest, QUERY_BLOCK) * longest * m
+    if work.quantized:
+        block = min(n, BLOCK_ROWS) * phi.mlp_width * (2 * FLOAT32_BYTES + 1)
+        forward += block
+        backward += block + n * phi.mlp_width * FLOAT32_BYTES
     return max(forward, backward)
 
 
@@ -238,8 +257,10 @@ def copy_bytes(phi: PhiSizes, work: Workload, num_passes: int, free: int) -> int
         num_passes: that will be made.
         free: bytes that are left before it is made.
     """
+    if work.quantized:
+        return 0
     if work.device_type == "cpu":
-        numel = phi.num_layers * phi.num_block_weights + phi.vocab_size * phi.width
+        numel = num_matrix_elements(phi)
         itemsize = FLOAT32_BYTES
     else:
         itemsize = work.dtype.itemsize

@@ -7,6 +7,7 @@
 Lightning types `trainer.datamodule` as Any; `training_data(trainer)` gives it this type, so that mypy checks every use.
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -17,6 +18,13 @@ from lit_phi2.data.packing import Array
 from lit_phi2.data.records import Record
 from lit_phi2.data.schedule import BatchingConfig
 from lit_phi2.data.splits import Split
+from lit_phi2.pretrained import BaseModel, load_tokenizer
+
+NEUTRAL_TEXT = (
+    "Instruct: Explain why the claim was denied and what the member can do.\nOutput: The claim was denied because the "
+    "service needs prior authorization, and none was on file on the date of service. The member can ask the provider "
+    "for the medical records, and send an appeal within 180 days of this letter."
+)
 
 
 class TrainingData(Protocol):
@@ -68,6 +76,14 @@ def tokenizer_of(data: TrainingData) -> PreTrainedTokenizerBase:
     """The tokenizer of a data module that is set up."""
     assert data.tokenizer is not None
     return data.tokenizer
+
+
+def first_examples(data: TrainingData | None, base: BaseModel) -> Iterator[list[int]]:
+    """Token ids of the first records of a data module's first split; of one packaged record where nothing is set up."""
+    splits = list(data.splits.values()) if data is not None else []
+    if splits and len(splits[0].examples):
+        return (example.ids for example in splits[0].examples)
+    return iter([load_tokenizer(base)(NEUTRAL_TEXT)["input_ids"]])
 
 
 def num_pending(trainer: pl.Trainer) -> int:

@@ -57,7 +57,12 @@ def batches_of_all_ranks(limit: int | float, world_size: int) -> int | float:
 
 
 def generation_fingerprint(
-    *, base_digest: str, adapter: Adapter | None, compute_dtype: torch.dtype, max_new_tokens: int
+    *,
+    base_digest: str,
+    adapter: Adapter | None,
+    compute_dtype: torch.dtype,
+    max_new_tokens: int,
+    quantization: Any,
 ) -> dict[str, Any]:
     """Everything that decides the completion of a prompt.
 
@@ -66,12 +71,15 @@ def generation_fingerprint(
         adapter: None for the base alone.
         compute_dtype: the dtype in use, not `auto`.
         max_new_tokens: of a completion.
+        quantization: how layers are multiplied in 8 bits, as plain values; None in 16 or 32 bits.
     """
+    quantized = {} if quantization is None else {"quantization": tree_digest(quantization)}
     return {
         "base": base_digest,
         "adapter": "" if adapter is None else adapter_digest(adapter),
         "dtype": str(compute_dtype),
         "max_new_tokens": max_new_tokens,
+        **quantized,
     }
 
 
@@ -86,7 +94,8 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], batchi
     Raises:
         InputError: they differ; names every key that differs, with both values.
     """
-    saved = {"model.use_rslora": False, "data.canaries": 0, **saved}  # of a checkpoint from before these settings
+    # A checkpoint may be from before these settings.
+    saved = {"model.use_rslora": False, "model.quantization": None, "data.canaries": 0, **saved}
     changed = [key for key in current if saved.get(key) != current[key]]
     if not changed:
         return

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from lit_phi2.audit.redaction import redact
 from lit_phi2.data.datamodule import ClaimsDataModule
-from lit_phi2.data.summary import report
 from lit_phi2.errors import IncompleteError, InputError
 from lit_phi2.evaluation.table import format_table, metric_name, to_dict, without_groups
 from lit_phi2.export.exporter import export
@@ -29,7 +28,7 @@ from lit_phi2.training.callbacks.throughput import Throughput
 from lit_phi2.training.draft_index import find_draft_index
 from lit_phi2.training.exporting import card_facts, held_out_prompts, plan_checkpoint_export, run_and_release
 from lit_phi2.training.ledger import write_test_ledger
-from lit_phi2.training.memory_report import memory_report
+from lit_phi2.training.memory_report import inspection
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.training.output_files import STDOUT, check_format, check_streams, reads_stdin
 from lit_phi2.training.protocols import tokenizer_of
@@ -218,18 +217,20 @@ class Trainer(AuditTrainer):
             show_progress=self.enable_progress,
         )
 
-    def inspect(self, model: LitPhi2, datamodule: ClaimsDataModule, remove_unused_caches: bool = False) -> None:
+    def inspect(
+        self, model: LitPhi2, datamodule: ClaimsDataModule, remove_unused_caches: bool = False, what: str = "data"
+    ) -> None:
         """Print statistics of the data, a memory plan, the caches, and one example; no model is loaded.
 
         Args:
             model: from the config.
             datamodule: from the config.
             remove_unused_caches: true also removes the caches whose files are gone or have changed.
+            what: data; or quantization, which loads the base and prints what each layer loses in 8 bits.
         """
         datamodule.trainer = model.trainer = self
         warnings = datamodule.read("fit")
-        memory = memory_report(model, datamodule)
-        print_text(report(datamodule, warnings, remove_unused_caches=remove_unused_caches, memory=memory))
+        print_text(inspection(model, datamodule, warnings, what, remove_unused_caches=remove_unused_caches))
 
     def export(
         self,

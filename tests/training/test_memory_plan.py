@@ -12,9 +12,11 @@ from helpers import new_module
 from lit_phi2.cli.main import main
 from lit_phi2.generation.engine import Engine
 from lit_phi2.model import linear
+from lit_phi2.model.loading import load_phi2
 from lit_phi2.model.lora import trainable_parameters
 from lit_phi2.model.loss import causal_lm_loss
 from lit_phi2.model.phi2 import packed_forward
+from lit_phi2.model.quantization import Int8Linear
 from lit_phi2.pretrained import BaseModel, read_model_config
 from lit_phi2.training.memory_plan import changes_to_fit, plan_fit, plan_predict
 from lit_phi2.training.memory_terms import (
@@ -24,6 +26,7 @@ from lit_phi2.training.memory_terms import (
     cache_bytes,
     copy_bytes,
     num_lora_parameters,
+    weight_bytes,
 )
 from lit_phi2.training.module import LitPhi2
 
@@ -119,6 +122,15 @@ def _bytes_saved(forward: Callable[[], Tensor], parameters: set[int]) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_weights_are_those_of_the_loaded_base(quantization: str | None, base: BaseModel) -> None:
+    model = load_phi2(base, torch.bfloat16, quantize=quantization is not None)
+    loaded = sum(parameter.nbytes for parameter in model.parameters())
+    loaded += sum(layer.weight_scale.nbytes for layer in model.modules() if isinstance(layer, Int8Linear))
+    work = replace(WORK, dtype=torch.bfloat16, quantized=quantization is not None)
+    assert weight_bytes(sizes_of(base), work) == loaded
+
+
 def test_the_cache_is_as_large_as_the_engine_allocates_it(base: BaseModel) -> None:
     module = new_module(base.folder)
     engine = Engine(module.fused_phi, eos_token_id=-1, max_new_tokens=5, max_slots=3)
@@ -156,13 +168,15 @@ def test_a_plan_fits_up_to_its_last_byte() -> None:
         ({"rows": 8}, 11 * GIB, ["data.batch_size 4"]),
         ({"row_length": 2048}, 10 * GIB, ["model.activation_checkpointing true"]),
         ({"dtype": torch.float32, "activation_checkpointing": True}, 10 * GIB, ["model.dtype bfloat16"]),
-        ({"activation_checkpointing": True, "row_length": 2048}, 5.6 * GIB, ["data.max_length"]),
+        ({"activation_checkpointing": True, "row_length": 2048}, 5.6 * GIB, ["model.quantization int8"]),
+        ({"activation_checkpointing": True, "row_length": 2048, "quantized": True}, 3.2 * GIB, ["data.max_length"]),
         ({"rows": 8, "row_length": 2048}, 8 * GIB, ["data.batch_size 1", "model.activation_checkpointing true"]),
-        ({}, 5 * GIB, None),
+        ({}, 4.4 * GIB, ["model.quantization int8"]),
+        ({}, 2.6 * GIB, None),
     ],
 )
 def test_the_key_that_makes_it_fit_is_named(changed: dict[str, object], memory: float, keys: list[str] | None) -> None:
-    """Phi-2's weights alone are 5.2 GiB in bfloat16, 10.4 in float32."""
+    """Phi-2's weights alone are 5.2 GiB in bfloat16, 10.4 in float32, 2.7 in int8."""
     named = changes_to_fit(PHI2, replace(WORK, **changed), 0, int(memory))
     assert named == keys or [key.split()[0] for key in named or []] == keys
 
@@ -200,6 +214,18 @@ def test_inspect_prints_the_plan(
     assert next(line.split()[1:3] for line in lines if line.startswith("  weights")) == ["14", "MB"]
     for name in ("this device, cpu", "8 GB card, bfloat16", "80 GB card, bfloat16"):
         assert "fit fits; predict fits with " in next(line for line in lines if line.startswith(f"  {name}"))
+
+
+def test_inspect_prints_what_layers_lose_in_8_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the packaged base, six blocks of four layers and the output layer."""
+    assert main(["inspect", "--config", "tiny.yaml", "--what", "quantization", "--trainer.accelerator=cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["layer", "error", "outlier", "columns", "weight"]
+    errors = {line.split()[0]: float(line.split()[1]) for line in lines[1:]}
+    assert len(errors) == 25
+    assert all(0.1 < error < 5 for error in errors.values())
+    assert main(["inspect", "--config", "tiny.yaml", "--what", "weights"]) == 2
+    assert "--what: is 'weights'; expected data or quantization." in capsys.readouterr().err
 
 
 def test_a_target_that_is_no_layer_is_refused_by_inspect(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,27 @@ def test_a_run_that_dies_and_is_resumed_ends_in_the_same_weights(
     assert (resumed / "samples.jsonl").read_text() == (whole_folder / "samples.jsonl").read_text()
 
 
+def test_a_resumed_run_in_8_bits_ends_in_the_same_weights(
+    whole_run: tuple[Path, Path, dict[str, Tensor]], phi_dir: Path, tmp_path: Path
+) -> None:
+    """Outlier columns are those of the checkpoint, though the resumed run would measure others."""
+    train_file, ends = whole_run[0], []
+    for step in (None, 3):
+        folder = tmp_path / str(step)
+        for _ in range(1 if step is None else 2):
+            module = LitPhi2(str(phi_dir), dtype="float32", quantization="int8", lora_dropout=0.2, max_new_tokens=8)
+            data = new_data(phi_dir, train_file, packing=False)
+            last = folder / "run" / "version_0" / "checkpoints" / "last.ckpt"
+            if step is None or last.exists():
+                resumable_trainer(folder).fit(module, data, ckpt_path=str(last) if last.exists() else None)
+            else:
+                with pytest.raises(RuntimeError, match="power cut"):
+                    resumable_trainer(folder, DieAt(step)).fit(module, data)
+        assert torch.load(last, weights_only=True)["lit_phi2"]["quantization"] == module.quantization_table
+        ends.append(weights_of(module))
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+
+
 @pytest.mark.parametrize("written", [[], ["adapter_model.safetensors"]])
 def test_a_run_killed_during_export_exports_on_resume(
     written: list[str], whole_run: tuple[Path, Path, dict[str, Tensor]], phi_dir: Path, tmp_path: Path
