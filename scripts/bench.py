@@ -4,12 +4,14 @@
     python scripts/bench.py --base FOLDER --records mine.jsonl        all peers, three rounds
     python scripts/bench.py --base FOLDER --peers hf-b8,trl --rounds 5
     python scripts/bench.py --base FOLDER --peer-dtype float32        on a CPU whose torch is slow in bfloat16
+    python scripts/bench.py --base FOLDER --quantization int8 --peers whole,trl   the base of ours in 8 bits
     python scripts/bench.py --base FOLDER --device cuda --step-records 64 --rows 8 --peers hf-b32,trl,litgpt-mb8
     python scripts/bench.py generate --help                           completions: generation_bench.py
 
     records -> ids.json -> every peer once, untimed: loss at step 0, trained parameters; they must agree
                         -> rounds: ours, peer, ours, peer, ... -> table
 
+    whole                       ours without quantization
     notebook                    HF Trainer + PEFT, float32, batch 1, padded to 512: the classic recipe
     hf-b1, hf-b8[-autocast]     HF Trainer + PEFT, bfloat16, batch 1, 8 or 32, padded to the longest
     trl[-autocast]              TRL's SFTTrainer, bfloat16, packed to 1024, its default length
@@ -68,13 +70,16 @@ def main() -> None:
     parser.add_argument("--base", help="folder of a Phi in Hugging Face form (scripts/build_random_phi2.py writes one)")
     parser.add_argument("--records", default="claims:train", help="as data.train_files: a path, or claims:train")
     parser.add_argument("--count", type=int, default=64, help="records, from the first that fit a row of 512")
-    parser.add_argument("--peers", default=",".join(name for name in PEERS if name not in ("ours", "rows", "hf-b32")))
+    parser.add_argument(
+        "--peers", default=",".join(name for name in PEERS if name not in ("ours", "whole", "rows", "hf-b32"))
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--step-records", type=int, default=8, help="records in an optimizer step")
     parser.add_argument("--rows", type=int, default=1, help="rows in a micro-batch of ours")
     parser.add_argument("--threads", type=int, help="of every process; torch's default if not given")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of all but the notebook")
+    parser.add_argument("--quantization", choices=["int8"], help="of the base of ours")
     parser.add_argument("--peer-dtype", choices=["bfloat16", "float32"], help="of the peers, if not --dtype")
     parser.add_argument("--output", type=Path, help="a JSON file for scripts/plots.py")
     parser.add_argument("--worker", choices=["prepare", "convert", *PEERS], help=argparse.SUPPRESS)
@@ -214,6 +219,8 @@ def launch(
     # No process asks the hub for files or reports usage; a CPU benchmark sees no GPU.
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     variables |= {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
+    if args.quantization and name == "ours":
+        command += ["--quantization", args.quantization]
     if args.threads:
         command += ["--threads", str(args.threads)]
         variables |= {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
@@ -231,7 +238,12 @@ def launch(
         check_trained(run, facts)
         run["tokens_per_second"] = facts["tokens"] / run["seconds"]
         settings = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "round": number, "base": args.base, "dtype": dtype}
-        settings |= {"device": args.device, "step_records": args.step_records, "rows": args.rows}
+        settings |= {
+            "device": args.device,
+            "step_records": args.step_records,
+            "rows": args.rows,
+            "quantization": args.quantization,
+        }
         with (BUILD / "runs.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(settings | run) + "\n")
     return run
@@ -259,7 +271,7 @@ def check_start(run: Report, ours: Report, facts: Report) -> None:
             f"bench: at step 0 {run['peer']} has a loss of {run['loss_before']:.4f}, ours {ours['loss_before']:.4f}: "
             f"more than {LOSS_TOLERANCE:.0%} apart, so they do not run the same model on the same tokens."
         )
-    expected = trainable_parameters(facts, fused=run["peer"] == "ours")
+    expected = trainable_parameters(facts, fused=PEERS[run["peer"]].module == "ours")
     if run["trainable_parameters"] != expected:
         raise SystemExit(
             f"bench: {run['peer']} trains {run['trainable_parameters']:,} parameters; expected {expected:,}."
@@ -421,6 +433,7 @@ def _task(args: argparse.Namespace) -> Task:
         ledger=Ledger(args.device),
         litgpt_dir=BUILD / "litgpt" / ids["digest"],
         scratch_dir=BUILD,
+        quantization=args.quantization,
     )
 
 

@@ -7,6 +7,7 @@
 
     tiny        packaged test records, adapter of tiny.yaml: transformers at its best dtype and batch; former predict
     bandwidth   one record at true width: weights that are read a second, as a share of the memory's bandwidth
+    int8        one record at true width, the base in 8 bits beside the base in 16
     mixed       real text at true width, completions of very different lengths: transformers at its best
     drafts      one record at a time, with drafts and without, on learned phrases and on text that shares little
     profile     a decode pass by operator
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="scripts/bench.py generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="tiny,bandwidth,mixed,drafts,profile", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--rows", default="tiny,bandwidth,int8,mixed,drafts,profile", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--wide-base", default=str(ROOT / "build" / "phi2-4"), help="few layers of Phi-2's width")
     parser.add_argument("--full-base", default=str(ROOT / "build" / "phi2-32"), help="all layers")
     parser.add_argument("--questions", default="claims:test", help="JSONL of real text, for mixed and drafts")
@@ -107,7 +108,7 @@ def find_adapters(rows: list[str], bases: dict[str, str], *, train: bool) -> dic
     adapters = {}
     if {"tiny", "drafts"} & set(rows):
         adapters["tiny_adapter"] = trained_adapter() if train else random_adapter("tiny")
-    if {"bandwidth", "mixed", "drafts", "profile"} & set(rows):
+    if {"bandwidth", "int8", "mixed", "drafts", "profile"} & set(rows):
         adapters["wide_adapter"] = random_adapter(bases["wide_base"])
     if "full" in rows:
         adapters["full_adapter"] = random_adapter(bases["full_base"])

@@ -78,7 +78,7 @@ def matmul_rates(name: str, rows: int, weight: Any, *, seconds: float = 0.5) -> 
     """FLOP/s of x W^T and of g W, the forward and backward matmul of a frozen layer.
 
     They are measured in the dtype that this device multiplies fastest for such a weight: float32 where a CPU has no
-    instructions for bfloat16.
+    instructions for bfloat16, int8 with int32 sums where the weight is int8.
 
     Args:
         name: of the layer, for the keys.
@@ -92,12 +92,17 @@ def matmul_rates(name: str, rows: int, weight: Any, *, seconds: float = 0.5) -> 
     from lit_phi2.model.linear import matmul_dtype
 
     num_out, num_in = weight.shape
-    options = {"dtype": matmul_dtype(weight), "device": weight.device}
-    w = torch.randn(num_out, num_in, **options)
-    x, g = torch.randn(rows, num_in, **options), torch.randn(rows, num_out, **options)
+    is_int8 = weight.dtype == torch.int8
+    dtype = torch.int8 if is_int8 else matmul_dtype(weight)
+    w, x, g = (
+        (10 * torch.randn(shape, device=weight.device)).to(dtype)
+        for shape in ((num_out, num_in), (rows, num_in), (rows, num_out))
+    )
     matmuls: dict[str, Callable[[], Any]] = {
-        f"{name} forward, {rows} x {num_in} x {num_out}": lambda: F.linear(x, w),
-        f"{name} backward, {rows} x {num_out} x {num_in}": lambda: g @ w,
+        f"{name} forward, {rows} x {num_in} x {num_out}": lambda: (
+            torch._int_mm(x, w.t()) if is_int8 else F.linear(x, w)
+        ),
+        f"{name} backward, {rows} x {num_out} x {num_in}": lambda: torch._int_mm(g, w) if is_int8 else g @ w,
     }
     flops = 2 * rows * num_in * num_out
     with torch.no_grad():

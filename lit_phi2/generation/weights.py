@@ -25,7 +25,7 @@ from lit_phi2.model.device import cpu_bf16_instructions, total_memory
 from lit_phi2.model.linear import frozen_matmul
 from lit_phi2.model.lora import LoraUpdate, lora_updates
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
-from lit_phi2.model.quantization import Int8Linear
+from lit_phi2.model.quantization import Int8Linear, as_two_rows
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,6 @@ class _Plan:
         dtype: of hidden states and, where layers are copied, of the copies.
         copies_all: every layer is a copy, packed for products of few rows.
         merges: layers with an adapter are merged copies.
-        is_quantized: layers are multiplied in int8, as they are.
         native_rows: up to how many rows bfloat16 is multiplied as such, whatever `linear.py` does.
         reasons: parts of the log line.
     """
@@ -76,7 +75,6 @@ class _Plan:
     dtype: torch.dtype
     copies_all: bool
     merges: bool
-    is_quantized: bool
     native_rows: int
     reasons: list[str]
 
@@ -110,8 +108,8 @@ def prepare_weights(
         head=make(model.lm_head),
         dtype=plan.dtype,
         cache_dtype=model.lm_head.dtype,
-        # One row is multiplied by another kernel, which adds in another order.
-        min_rows=2 if plan.dtype == torch.float32 and (plan.copies_all or plan.is_quantized) else 1,
+        # One row is multiplied by another kernel, which adds in another order; sums of int8 have no order.
+        min_rows=2 if plan.dtype == torch.float32 and plan.copies_all else 1,
     )
 
 
@@ -120,9 +118,9 @@ def _choose_plan(
 ) -> _Plan:
     head: Any = model.lm_head
     dtype, native_rows, copies_all, reasons = head.dtype, 0, False, []
-    if isinstance(head, Int8Linear):
+    if any(isinstance(base_layer(layer), Int8Linear) for layer in [*layers, head]):
         reasons = ["the adapter is added in every pass, because weights are in 8 bits"] if adapted else []
-        return _Plan(dtype, copies_all, merges=False, is_quantized=True, native_rows=0, reasons=reasons)
+        return _Plan(dtype, copies_all, merges=False, native_rows=0, reasons=reasons)
     if head.weight.device.type == "cpu" and pays:
         numel = sum(base_layer(layer).weight.numel() for layer in [*layers, head])
         if dtype == torch.float32:
@@ -145,8 +143,7 @@ def _choose_plan(
         else:
             why = f"a copy of {num_bytes / 1e6:,.0f} MB does not fit the memory" if pays else "few tokens are expected"
             reasons.insert(0, f"the adapter is added in every pass, because {why}")
-    merges = bool(adapted) and pays and fits
-    return _Plan(dtype, copies_all, merges, is_quantized=False, native_rows=native_rows, reasons=reasons)
+    return _Plan(dtype, copies_all, bool(adapted) and pays and fits, native_rows, reasons)
 
 
 def base_layer(layer: Any) -> Any:
@@ -232,7 +229,7 @@ def _low_rank_product(update: LoraUpdate, base: Any) -> Linear:
     a, b = update.a.to(base.dtype), update.b.to(base.dtype)
     if base.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
         packed_a, packed_b = _pack(a), _pack(b)
-        return lambda x: _packed_product(_packed_product(x, packed_a, None), packed_b, None)
+        return lambda x: _packed_product(_packed_product(as_two_rows(x), packed_a, None), packed_b, None)[: len(x)]
     return lambda x: frozen_matmul(frozen_matmul(x, a.t()), b.t())
 
 

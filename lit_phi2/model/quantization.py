@@ -67,16 +67,18 @@ class Int8Linear(FrozenLinear):
     ) -> Tensor:
         """See FrozenLinear."""
         weight, weight_scale = self.weight[features], self.weight_scale[features]
+        bias = self.bias[features].float() if use_bias and self.bias is not None else None
         columns = self.outlier_columns
         small_x = x if columns is None else x.index_fill(1, columns, 0)
         if has_fast_int8(x.device):
-            out = int8_product(small_x, weight.t()).mul_(weight_scale)
+            out = int8_product(small_x, weight.t())
+            # With the bias in one pass over memory.
+            out = out.mul_(weight_scale) if bias is None else torch.addcmul(bias, out, weight_scale, out=out)
         else:
             out = _product_of_blocks(small_x, weight, weight_scale)
+            out = out if bias is None else out.add_(bias)
         if columns is not None and self.outlier_weight is not None:
-            out.addmm_(x[:, columns].float(), self.outlier_weight[:, features])
-        if use_bias and self.bias is not None:
-            out.add_(self.bias[features])
+            out.add_((as_two_rows(x[:, columns].float()) @ self.outlier_weight[:, features])[: len(x)])
         if lora_x is not None and lora_b is not None:
             out.addmm_(lora_x.float(), lora_b.float(), alpha=scale)
         return out.to(x.dtype)
@@ -199,6 +201,11 @@ def _int_matmul(values: Tensor, matrix: Tensor) -> Tensor:
     if values.device.type != "cuda" or missing <= 0:
         return torch._int_mm(values, matrix)  # a private name; torch's own quantization calls it
     return torch._int_mm(nn.functional.pad(values, (0, 0, 0, missing)), matrix)[: len(values)]
+
+
+def as_two_rows(x: Tensor) -> Tensor:
+    """One row twice, more rows as they are: a product of one row adds in another order than a product of two or more."""
+    return x.expand(2, -1) if len(x) == 1 else x
 
 
 def _product_of_blocks(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

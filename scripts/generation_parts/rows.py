@@ -115,6 +115,26 @@ def bandwidth(settings: Settings) -> Iterator[Line]:
     yield Line("true width, one record: share of the bandwidth", median(shares), 0.8, 0.92, note, {"runs": runs})
 
 
+def int8(settings: Settings) -> Iterator[Line]:
+    """One record at true width: the base in 8 bits beside the base in 16."""
+    prompt = read_questions(settings.wide_base, "claims:test", 1)[0].prompt
+    whole = SystemSettings("ours", settings.wide_base, settings.wide_adapter, dtype="bfloat16", ends=False)
+    quantized = replace(whole, dtype="auto", quantization="int8")
+    runs: dict[str, list[dict[str, Any]]] = {"int8": [], "bfloat16": []}
+    with _worker(settings, quantized) as ours, _worker(settings, whole) as theirs:
+        for worker in (ours, theirs):
+            worker.call("decode", prompt=prompt, count=4)  # untimed
+        for _ in range(settings.rounds):
+            for name, worker in zip(runs, (ours, theirs), strict=True):
+                runs[name].append(worker.call("decode", prompt=prompt, count=settings.tokens)[0])
+    seconds = {name: [median(run["pass_seconds"]) for run in value] for name, value in runs.items()}
+    ratios = [theirs / ours for ours, theirs in zip(seconds["int8"], seconds["bfloat16"], strict=True)]
+    speeds = {name: 1 / median(value) for name, value in seconds.items()}
+    note = f"{speeds['int8']:.2f} tokens/s beside {speeds['bfloat16']:.2f} of bfloat16, "
+    note += f"which decodes in {runs['bfloat16'][0]['dtype']}"
+    yield Line("true width, one record: int8 beside 16 bits", median(ratios), 1.5, 1.9, note, {"runs": runs})
+
+
 def mixed(settings: Settings) -> Iterator[Line]:
     """Records of real text with completions of very different lengths."""
     questions = read_questions(settings.wide_base, settings.questions, settings.mixed_records)
@@ -205,6 +225,7 @@ def profile(settings: Settings) -> Iterator[Line]:
 ROWS: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "tiny": tiny,
     "bandwidth": bandwidth,
+    "int8": int8,
     "mixed": mixed,
     "drafts": drafts,
     "profile": profile,

@@ -42,6 +42,7 @@ class SystemSettings:
         name: ours, transformers or former.
         base, adapter: as model.base and model.adapter.
         dtype: auto, float32 or bfloat16.
+        quantization: of ours; int8 or None.
         batch_size: of transformers.
         ends: whether EOS ends a completion.
         threads: of torch; None for its default.
@@ -52,6 +53,7 @@ class SystemSettings:
     base: str
     adapter: str
     dtype: str = "auto"
+    quantization: str | None = None
     batch_size: int = 8
     ends: bool = True
     threads: int | None = None
@@ -108,12 +110,13 @@ class Ours(System):
             start = self.now()
             engine.step()
             seconds.append(self.now() - start)
+        dtype = engine.decoder.weights.dtype
         return {
             "first_token_seconds": first[0],
             "pass_seconds": seconds[1:],
-            "weight_bytes": self._linear_weights() * engine.decoder.weights.dtype.itemsize,
+            "weight_bytes": self._linear_weights() * (1 if self.settings.quantization else dtype.itemsize),
             "cache_bytes": engine.decoder.cache_shape.num_bytes(1, round_up(len(prompt) + count)),
-            "dtype": str(engine.decoder.weights.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
         }
 
     def _linear_weights(self) -> int:
@@ -278,6 +281,7 @@ def load_module(settings: SystemSettings) -> LitPhi2:
         base=settings.base,
         adapter=settings.adapter,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         lora_r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         target_modules=list(lora.target_modules),

@@ -117,6 +117,7 @@ def _module(task: Task) -> LitPhi2:
         weight_decay=WEIGHT_DECAY,
         warmup_ratio=0.0,
         dtype=task.dtype,
+        quantization=task.quantization,
         seed=SEED,
     )
     module.configure_model()

@@ -36,6 +36,7 @@ class Peer:
 
 PEERS = {
     "ours": Peer("ours", "ours"),
+    "whole": Peer("whole", "ours"),
     "notebook": Peer("notebook", "hf_trainer", options={"batch_size": 1, "width": ROW_LENGTH, "dtype": "float32"}),
     "hf-b1": Peer("hf", "hf_trainer", options={"batch_size": 1}),
     "hf-b8": Peer("hf", "hf_trainer", options={"batch_size": 8}),

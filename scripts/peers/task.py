@@ -106,6 +106,7 @@ class Task:
         ledger: the peer writes into it.
         litgpt_dir: folder of the base in LitGPT's form.
         scratch_dir: where a tool may write; nothing in it is read.
+        quantization: of lit_phi2's base; int8 or None.
     """
 
     base: str
@@ -117,6 +118,7 @@ class Task:
     ledger: Ledger
     litgpt_dir: Path = field(default_factory=Path)
     scratch_dir: Path = field(default_factory=Path)
+    quantization: str | None = None
 
     def accumulate(self, row_length: int) -> int:
         """Rows of `row_length` tokens that hold about records_per_step records."""

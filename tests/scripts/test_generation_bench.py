@@ -42,6 +42,15 @@ def test_the_row_of_one_record_reports_what_a_pass_reads(tmp_path: Path, monkeyp
     assert line["value"] == pytest.approx(run["weight_bytes"] / median(run["pass_seconds"]) / run["bytes_per_second"])
 
 
+def test_the_row_of_8_bits_compares_two_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation_bench, "BUILD", tmp_path)
+    main(["--quick", "--rows", "int8", "--output", str(tmp_path / "generate.json")])
+    (line,) = json.loads((tmp_path / "generate.json").read_text("utf-8"))["lines"]
+    ((quantized,), (whole,)) = line["details"]["runs"].values()
+    assert whole["weight_bytes"] in (2 * quantized["weight_bytes"], 4 * quantized["weight_bytes"])
+    assert line["value"] == pytest.approx(median(whole["pass_seconds"]) / median(quantized["pass_seconds"]))
+
+
 def test_forced_completions_are_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """24 tokens of each of two responses are counted, less the first of each, which the prompt's pass chose."""
     monkeypatch.setattr(generation_bench, "BUILD", tmp_path)
