@@ -4,6 +4,7 @@ kind throughput    of bench.py --output             -> tokens/s of lit_phi2 and 
 kind gpu_check     of gpu_check                     -> tokens/s of lit_phi2 and HF Trainer
 kind step_sizes    of profiling.py sizes --output   -> seconds and memory of a step, by tokens
 kind leakage       of leakage_curve.py              -> exposure and extraction by repeats, a line for each rank
+kind int8          of quantization_check.py curves  -> losses by step of a run in 8 bits and of one without
 
 python scripts/plots.py
 """
@@ -63,7 +64,7 @@ def draw(measurement: dict[str, Any], picture: Path) -> None:
         SystemExit: it is of an unknown kind.
     """
     kinds = {"throughput": plot_throughput, "gpu_check": plot_gpu_check}
-    kinds |= {"step_sizes": plot_step_sizes, "leakage": plot_leakage}
+    kinds |= {"step_sizes": plot_step_sizes, "leakage": plot_leakage, "int8": plot_int8}
     if measurement.get("kind") not in kinds:
         raise SystemExit(f"{picture.stem}: kind {measurement.get('kind')!r}; expected one of {', '.join(kinds)}")
     with mpl.rc_context(STYLE):
@@ -136,6 +137,22 @@ def plot_leakage(measurement: dict[str, Any]) -> Figure:
     settings = measurement["settings"]
     details = f"{settings['records']} claims, {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}"
     figure.suptitle(f"tiny base, {settings['canaries']} canaries a point, {details}", fontsize=9)
+    return figure
+
+
+def plot_int8(measurement: dict[str, Any]) -> Figure:
+    """train/loss and val/loss by step, a line for each run."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(1, 2))
+    for name, color, line in (("float32", PEER, "-"), ("int8", OURS, "--")):
+        for axis, tag in zip(axes, ("train/loss", "val/loss"), strict=True):
+            steps, values = zip(*measurement["runs"][name][tag], strict=True)
+            axis.plot(steps, values, line, color=color, linewidth=1.4, label=name)
+    for axis, title in zip(axes, ("train/loss", "val/loss"), strict=True):
+        axis.set(xlabel="optimizer step", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(title="frozen weights", frameon=False)
+    figure.suptitle("tiny base, configs/tiny.yaml", fontsize=9)
     return figure
 
 

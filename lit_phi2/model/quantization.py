@@ -204,7 +204,7 @@ def _int_matmul(values: Tensor, matrix: Tensor) -> Tensor:
 
 
 def as_two_rows(x: Tensor) -> Tensor:
-    """One row twice, more rows as they are: a product of one row adds in another order than a product of two or more."""
+    """One row twice, more rows as they are: a product of one row adds in another order than products of more."""
     return x.expand(2, -1) if len(x) == 1 else x
 
 

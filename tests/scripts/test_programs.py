@@ -27,6 +27,8 @@ STEP_SIZES = {
     "points": [{"rows": rows, "length": 128, "seconds": rows, "gib_above_model": rows} for rows in (1, 2)],
 }
 
+LOSSES = {"train/loss": [[1, 2.0], [2, 1.5]], "val/loss": [[0, 2.5], [2, 1.4]]}
+INT8 = {"kind": "int8", **ORIGIN, "runs": {"float32": LOSSES, "int8": LOSSES}}
 SHARE = {"value": 0.5, "low": 0.2, "high": 0.8}
 LEAKAGE = {
     "kind": "leakage",
@@ -79,6 +81,7 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
         "export_parity",
         "gpu_check",
         "leakage_curve",
+        "quantization_check",
         "memory_plan_check",
         "plots",
         "profiling",
@@ -98,7 +101,7 @@ def test_every_program_prints_its_help(
     assert f"scripts/{program}" in capsys.readouterr().out  # the command to copy
 
 
-@pytest.mark.parametrize("measurement", [THROUGHPUT, STEP_SIZES, LEAKAGE], ids=["throughput", "step_sizes", "leakage"])
+@pytest.mark.parametrize("measurement", [THROUGHPUT, STEP_SIZES, LEAKAGE, INT8], ids=lambda each: each["kind"])
 def test_the_same_numbers_give_the_same_picture(measurement: dict[str, Any], tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         draw(measurement, tmp_path / name)
