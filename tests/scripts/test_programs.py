@@ -79,6 +79,7 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
         "export_parity",
         "gpu_check",
         "leakage_curve",
+        "memaudit_check",
         "memory_plan_check",
         "plots",
         "profiling",
