@@ -113,6 +113,13 @@ def test_the_verdict_names_every_limit_that_is_exceeded(
     assert [line.rpartition(", ")[2].split()[0] for line in beyond] == expected
 
 
+def test_a_mean_exposure_is_beyond_with_its_whole_interval_only() -> None:
+    """Few canaries tell little: a mean of 6 bits whose interval begins at the limit of 4 is no evidence."""
+    for low, is_beyond in ((4.0, False), (4.1, True)):
+        group = CanaryGroup("response", 1, False, 8, Rate(6.0, low, 8.0), exact_rate(0, 8))
+        assert bool(beyond_limits({"auc": Rate(0.5, 0.4, 0.6)}, [group], {}, LeakageLimits())) == is_beyond
+
+
 # What is measured
 
 

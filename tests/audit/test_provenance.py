@@ -143,6 +143,27 @@ def test_verify_names_another_template(
     assert "changed      template" in capsys.readouterr().out
 
 
+def test_verify_tells_that_other_code_trained_it(
+    small_setup: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is no fault: every file is as it was."""
+    monkeypatch.setattr("lit_phi2.audit.verify.code_digest", lambda: "0" * 64)
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 0
+    assert "differs      code of lit_phi2: another version trained it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../claims.jsonl", "adapter/../../x", "/etc/hostname"])
+def test_a_provenance_about_files_elsewhere_is_refused(
+    name: str, small_setup: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run from somebody else: it would tell which files this machine has."""
+    statement = json.loads((RUN / "provenance.json").read_text())
+    statement["subject"][0]["name"] = name
+    (RUN / "provenance.json").write_text(json.dumps(statement))
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 2
+    assert "provenance.json: is no provenance of lit_phi2, or was changed" in capsys.readouterr().err
+
+
 def test_a_changed_record_is_named_by_its_place(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Path("claims.jsonl").read_bytes().splitlines(keepends=True)
     lines[8] = lines[8].replace(b"claim", b"clain", 1)
