@@ -180,6 +180,17 @@ def test_identifiers_that_a_prompt_or_both_splits_hold_are_none(
     assert tokenizer.decode(targets["train"][1].prefix).endswith("### Response:\nCall 555-201-3344 for ")
 
 
+def test_a_token_that_begins_before_a_secret_belongs_to_it(phi_dir: Path, write_jsonl: Any, tokenizer: Any) -> None:
+    """Otherwise the prefix would give the first letter away. The tokenizer has one token for the space and the j."""
+    rows = [{"instruction": "Where to?", "response": "Write to jo@example.org, then wait."}]
+    assert tokenizer.tokenize(" jo")[0].endswith("j")
+    data = new_data(phi_dir, write_jsonl(rows, "a.jsonl"), val_files=str(write_jsonl(rows, "b.jsonl")))
+    data.read("fit")
+    (target,) = identifier_targets({"train": data.splits["train"]}, {"train": range(1)}, tokenizer)["train"]
+    assert tokenizer.decode(target.secret) == " jo@example.org"
+    assert tokenizer.decode(target.prefix).endswith("### Response:\nWrite to")
+
+
 # Runs
 
 
