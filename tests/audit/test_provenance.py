@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from audit.conftest import RUN
+from lit_phi2.audit.provenance import public_config
 from lit_phi2.cli.main import main
 
 CONFIG = str(RUN / "config.yaml")
@@ -207,6 +208,11 @@ def test_it_holds_no_path(small_setup: Path, trained: Path) -> None:
     for file in (RUN / "provenance.json", RUN / "adapter" / "provenance.json", Path("out/provenance.json")):
         assert "members" not in file.read_text()
         assert "runs/" not in file.read_text()
+
+
+def test_folders_of_other_systems_are_cut_from_a_config_too() -> None:
+    config = {"data": {"train_files": ["C:\\ann\\a.jsonl", "/home/ann/b.jsonl"], "cache": "/home/ann/cache/"}}
+    assert public_config(config, "") == {"data": {"train_files": ["a.jsonl", "b.jsonl"], "cache": "cache"}}
 
 
 @pytest.mark.parametrize(("format", "name"), [("peft", "adapter_model"), ("merged", "model"), ("mlx", "adapters")])
