@@ -133,7 +133,7 @@ def plot_leakage(measurement: dict[str, Any]) -> Figure:
         axis.set_xscale("log", base=2)
         axis.set_xticks([1, 4, 16], ["1", "4", "16"])
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, handlelength=3.5)
     settings = measurement["settings"]
     details = f"{settings['records']} claims, {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}"
     figure.suptitle(f"tiny base, {settings['canaries']} canaries a point, {details}", fontsize=9)

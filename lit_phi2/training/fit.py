@@ -156,8 +156,10 @@ class FitTrainer(pl.Trainer):
         self.num_sanity_val_steps = 0 if resumed else self._num_sanity_val_steps
         try:
             super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
-        except RunInterrupted:
+        except RunInterrupted:  # the checkpoint is written; a second signal ends the process at once
             write_fit_ledger(self, run_dir)
+            if self.global_step:
+                write_report(self, run_dir)
             raise
         write_fit_ledger(self, run_dir)
         if self.global_step < model.total_steps():

@@ -41,7 +41,7 @@ def trained(phi_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def small_setup(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of `trained`, which is the current folder; a test may change it."""
     folder = tmp_path / "members"
     shutil.copytree(trained, folder)

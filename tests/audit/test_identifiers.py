@@ -77,6 +77,13 @@ def test_check_rules_tell_numbers_from_identifiers() -> None:
     assert found("4111 1111 1111 1112", "credit_card") == []
 
 
+def test_words_alone_make_no_social_security_number() -> None:
+    """SSA issues none of area 000; the last four of one are often given alone. A long number is one of a claim."""
+    assert found("SSN 000121234") == [("000121234", "claim_number")]
+    assert found("SSN: 6789") == [("6789", "ssn")]
+    assert found("SSN 66612") == []
+
+
 def test_one_npi_in_ten_random_numbers_is_valid() -> None:
     """Reference: a check digit leaves one of ten numbers; 2,000 draws are within 4 standard deviations of 200."""
     generator = random.Random(0)

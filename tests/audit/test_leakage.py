@@ -113,6 +113,13 @@ def test_the_verdict_names_every_limit_that_is_exceeded(
     assert [line.rpartition(", ")[2].split()[0] for line in beyond] == expected
 
 
+def test_a_mean_exposure_is_beyond_with_its_whole_interval_only() -> None:
+    """Few canaries tell little: a mean of 6 bits whose interval begins at the limit of 4 is no evidence."""
+    for low, is_beyond in ((4.0, False), (4.1, True)):
+        group = CanaryGroup("response", 1, False, 8, Rate(6.0, low, 8.0), exact_rate(0, 8))
+        assert bool(beyond_limits({"auc": Rate(0.5, 0.4, 0.6)}, [group], {}, LeakageLimits())) == is_beyond
+
+
 # What is measured
 
 
@@ -171,6 +178,17 @@ def test_identifiers_that_a_prompt_or_both_splits_hold_are_none(
     secrets = {name: [tokenizer.decode(target.secret).strip() for target in each] for name, each in targets.items()}
     assert secrets == {"train": ["CLM-2024-00017", "M79184741"], "val": ["555-201-9999"]}
     assert tokenizer.decode(targets["train"][1].prefix).endswith("### Response:\nCall 555-201-3344 for ")
+
+
+def test_a_token_that_begins_before_a_secret_belongs_to_it(phi_dir: Path, write_jsonl: Any, tokenizer: Any) -> None:
+    """Otherwise the prefix would give the first letter away. The tokenizer has one token for the space and the j."""
+    rows = [{"instruction": "Where to?", "response": "Write to jo@example.org, then wait."}]
+    assert tokenizer.tokenize(" jo")[0].endswith("j")
+    data = new_data(phi_dir, write_jsonl(rows, "a.jsonl"), val_files=str(write_jsonl(rows, "b.jsonl")))
+    data.read("fit")
+    (target,) = identifier_targets({"train": data.splits["train"]}, {"train": range(1)}, tokenizer)["train"]
+    assert tokenizer.decode(target.secret) == " jo@example.org"
+    assert tokenizer.decode(target.prefix).endswith("### Response:\nWrite to")
 
 
 # Runs

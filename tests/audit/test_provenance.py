@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from audit.conftest import RUN
+from lit_phi2.audit.provenance import public_config
 from lit_phi2.cli.main import main
 
 CONFIG = str(RUN / "config.yaml")
@@ -77,7 +78,7 @@ COMMANDS = {
     ],
 )
 def test_every_command_refuses_a_changed_byte_and_names_it(
-    workplace: Path,
+    small_setup: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[pytest.MonkeyPatch], None],
@@ -95,7 +96,7 @@ def test_every_command_refuses_a_changed_byte_and_names_it(
     assert all(path.read_bytes() == content for path, content in files.items())
 
 
-def test_a_changed_exported_adapter_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_exported_adapter_is_refused(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """That of a run, and one that was copied elsewhere."""
     shutil.copytree(RUN / "adapter", "copy")
     for folder in (RUN / "adapter", Path("copy")):
@@ -106,14 +107,14 @@ def test_a_changed_exported_adapter_is_refused(workplace: Path, capsys: pytest.C
             assert str(folder) in capsys.readouterr().err, command
 
 
-def test_verify_accepts_what_nobody_changed(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_accepts_what_nobody_changed(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--ckpt_path", str(RUN)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12
     assert all(line.startswith("ok ") for line in lines)
 
 
-def test_verify_names_every_file_that_changed(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_every_file_that_changed(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = [change_base_config, change_tokenizer, change_weights, change_checkpoints, change_config]
     for change in changes:
         change()
@@ -129,21 +130,42 @@ def test_verify_names_every_file_that_changed(workplace: Path, capsys: pytest.Ca
     assert all(name in output.err for name in [*files, *parts, "adapter/lit_phi2.json"])
 
 
-def test_verify_notices_an_edited_provenance(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_notices_an_edited_provenance(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change_byte(RUN / "provenance.json", b'"total_steps": ', b'"total_stepz": ')
     assert main(["verify", "--ckpt_path", str(RUN)]) == 3
     assert "changed      provenance.json" in capsys.readouterr().out
 
 
 def test_verify_names_another_template(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_setup: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lit_phi2.audit.verify.TEMPLATE_DIGEST", "0" * 16)
     assert main(["verify", "--ckpt_path", str(RUN)]) == 3
     assert "changed      template" in capsys.readouterr().out
 
 
-def test_a_changed_record_is_named_by_its_place(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_tells_that_other_code_trained_it(
+    small_setup: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is no fault: every file is as it was."""
+    monkeypatch.setattr("lit_phi2.audit.verify.code_digest", lambda: "0" * 64)
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 0
+    assert "differs      code of lit_phi2: another version trained it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../claims.jsonl", "adapter/../../x", "/etc/hostname"])
+def test_a_provenance_about_files_elsewhere_is_refused(
+    name: str, small_setup: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run from somebody else: it would tell which files this machine has."""
+    statement = json.loads((RUN / "provenance.json").read_text())
+    statement["subject"][0]["name"] = name
+    (RUN / "provenance.json").write_text(json.dumps(statement))
+    assert main(["verify", "--ckpt_path", str(RUN)]) == 2
+    assert "provenance.json: is no provenance of lit_phi2, or was changed" in capsys.readouterr().err
+
+
+def test_a_changed_record_is_named_by_its_place(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Path("claims.jsonl").read_bytes().splitlines(keepends=True)
     lines[8] = lines[8].replace(b"claim", b"clain", 1)
     Path("claims.jsonl").write_bytes(b"".join(lines))
@@ -152,7 +174,7 @@ def test_a_changed_record_is_named_by_its_place(workplace: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("folder", [RUN, RUN / "adapter"])
-def test_it_is_an_in_toto_statement_about_every_file(workplace: Path, folder: Path) -> None:
+def test_it_is_an_in_toto_statement_about_every_file(small_setup: Path, folder: Path) -> None:
     """The references are the layout of in-toto Statement v1 and sha256 of the files as they are."""
     statement = json.loads((folder / "provenance.json").read_text())
     assert list(statement) == ["_type", "subject", "predicateType", "predicate"]
@@ -165,7 +187,7 @@ def test_it_is_an_in_toto_statement_about_every_file(workplace: Path, folder: Pa
     assert {"adapter_model.safetensors", "adapter_config.json", "lit_phi2.json"} <= {Path(n).name for n in names}
 
 
-def test_it_says_what_the_run_was_made_from(workplace: Path) -> None:
+def test_it_says_what_the_run_was_made_from(small_setup: Path) -> None:
     predicate = json.loads((RUN / "provenance.json").read_text())["predicate"]
     settings = predicate["buildDefinition"]["internalParameters"]["settings"]
     assert (settings["seed_everything"], settings["compute_dtype"]) == (42, "float32")
@@ -181,15 +203,20 @@ def test_it_says_what_the_run_was_made_from(workplace: Path) -> None:
     assert predicate["metrics"]["best val/loss"] > 0
 
 
-def test_it_holds_no_path(workplace: Path, trained: Path) -> None:
+def test_it_holds_no_path(small_setup: Path, trained: Path) -> None:
     assert main(["export", "--config", CONFIG, "--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0"]) == 0
     for file in (RUN / "provenance.json", RUN / "adapter" / "provenance.json", Path("out/provenance.json")):
         assert "members" not in file.read_text()
         assert "runs/" not in file.read_text()
 
 
+def test_folders_of_other_systems_are_cut_from_a_config_too() -> None:
+    config = {"data": {"train_files": ["C:\\ann\\a.jsonl", "/home/ann/b.jsonl"], "cache": "/home/ann/cache/"}}
+    assert public_config(config, "") == {"data": {"train_files": ["a.jsonl", "b.jsonl"], "cache": "cache"}}
+
+
 @pytest.mark.parametrize(("format", "name"), [("peft", "adapter_model"), ("merged", "model"), ("mlx", "adapters")])
-def test_exports_carry_it_in_their_tensors_metadata(workplace: Path, format: str, name: str) -> None:
+def test_exports_carry_it_in_their_tensors_metadata(small_setup: Path, format: str, name: str) -> None:
     """The reference reads the metadata with the package safetensors."""
     audit = {"passed": False, "max_auc": 0.6}
     (RUN / "audit_leakage.json").write_text(json.dumps(audit))
@@ -205,14 +232,14 @@ def test_exports_carry_it_in_their_tensors_metadata(workplace: Path, format: str
     assert main(["verify", "--ckpt_path", "out", "--model.base", "base"]) == 0
 
 
-def test_verify_names_a_file_that_was_added(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_a_file_that_was_added(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--config", CONFIG, "--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0"]) == 0
     Path("out/pytorch_model.bin").write_bytes(b"weights of somebody else")
     assert main(["verify", "--ckpt_path", "out", "--model.base", "base"]) == 3
     assert "added        pytorch_model.bin" in capsys.readouterr().out
 
 
-def test_a_run_that_was_killed_has_none_and_says_so(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_was_killed_has_none_and_says_so(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (RUN / "provenance.json").unlink()
     assert main(["verify", "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt")]) == 2
     assert "its run has not ended" in capsys.readouterr().err

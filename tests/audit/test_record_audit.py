@@ -13,7 +13,7 @@ import torch
 
 from helpers import new_data, new_module
 from lit_phi2.audit.duplicates import boilerplate_sizes, near_duplicates
-from lit_phi2.audit.records import AuditedRecords, label_error_scores, unsupported_identifiers
+from lit_phi2.audit.records import AuditedRecords, audit_records, label_error_scores, unsupported_identifiers
 from lit_phi2.cli.main import main
 from lit_phi2.data.collate import collate
 from lit_phi2.data.records import Record
@@ -87,6 +87,29 @@ def test_a_label_error_stands_out_in_its_group_only() -> None:
     scores = label_error_scores(AuditedRecords(records, ["train"] * 40, np.full(40, 3.0), adapter))
     assert scores.argmax() == 7
     assert scores[7] > 5 > np.delete(scores, 7).max()
+
+
+def test_a_loss_that_hardly_fell_is_a_label_error_too() -> None:
+    """The losses after training are alike; that of the eighth record was as low under the base."""
+    noise = np.random.default_rng(0).normal(0, 0.05, (2, 20))
+    adapter, base = 0.5 + noise[0], 3.0 + noise[1]
+    base[7] = 0.6
+    scores = label_error_scores(AuditedRecords([record(n) for n in range(20)], ["train"] * 20, base, adapter))
+    assert scores.argmax() == 7
+    assert scores[7] > 5 > np.delete(scores, 7).max()
+
+
+@needs_datasketch
+def test_memorised_records_fell_further_than_any_of_val() -> None:
+    """By hand; without a record of val nothing tells how far a loss falls that is not memorised."""
+    falls = np.array([1.5, 3.0, 2.5, 1.0, 2.0])
+    records = [record(number, f"Question {number}?", f"Answer {number}.") for number in range(5)]
+    for splits, expected in (
+        (["train"] * 3 + ["val"] * 2, [("r.jsonl:2", 3.0), ("r.jsonl:3", 2.5)]),
+        (["train"] * 5, []),
+    ):
+        findings = audit_records(AuditedRecords(records, splits, np.full(5, 4.0), 4.0 - falls))
+        assert [(each.location, each.score) for each in findings if each.kind == "memorised"] == expected
 
 
 def test_identifiers_of_a_response_are_compared_with_its_prompt() -> None:

@@ -203,7 +203,7 @@ def test_no_file_of_a_run_holds_a_planted_identifier(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Of fit, test, predict and inspect, with a cache; the same run without redaction shows what would be found."""
+    """Of fit, test, predict, inspect and exports, with a cache; a run without redaction shows what would be found."""
     (folder := tmp_path / "w").mkdir()
     monkeypatch.chdir(folder)
     caplog.set_level("DEBUG")
@@ -212,6 +212,9 @@ def test_no_file_of_a_run_holds_a_planted_identifier(
     run(phi_dir, planted_file, "test", "--ckpt_path=last", "--max_completions=2", **{"data.redact": "all"})
     run(phi_dir, planted_file, "predict", "--ckpt_path=last", **{"data.redact": "all"})
     run(phi_dir, planted_file, "inspect", **{"data.redact": "all"})
+    for format in ("peft", "merged", "mlx"):
+        export = ["--ckpt_path=last", f"--format={format}", f"--output_dir={format}", f"--check={int(format != 'mlx')}"]
+        run(phi_dir, planted_file, "export", *export, **{"data.redact": "all"})
     printed = "\n".join([*capsys.readouterr(), caplog.text])
     assert leaked(folder) == {}
     drafts = text_of_drafts(folder, phi_dir)
@@ -219,6 +222,7 @@ def test_no_file_of_a_run_holds_a_planted_identifier(
     assert [value for value in VALUES if value in drafts or value in printed] == []
     names = {file.name for file in folder.rglob("*")}
     assert {"rejected.jsonl", "samples.jsonl", "predictions.jsonl", "examples.arrow", "last.ckpt"} < names
+    assert {"adapter_model.safetensors", "model.safetensors", "adapters.safetensors", "README.md"} < names
     assert "  redacted           " in printed
 
 

@@ -32,7 +32,7 @@ def look_up(file: str, capsys: pytest.CaptureFixture[str], ckpt_path: Path = RUN
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_record_is_found_with_its_steps_in_any_format(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_is_found_with_its_steps_in_any_format(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The reference is the ledger, by id. In the table ids, order and other columns differ."""
     ledger = {row["id"]: row for row in pq.read_table(RUN / "ledger.parquet").to_pylist()}
     records = [json.loads(line) for line in Path("claims.jsonl").read_text("utf-8").splitlines()][::-1]
@@ -50,7 +50,7 @@ def test_a_record_is_found_with_its_steps_in_any_format(workplace: Path, capsys:
     assert (other["status"], len(found) + 1) == ("unknown", 17)
 
 
-def test_steps_after_the_checkpoint_do_not_count(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_after_the_checkpoint_do_not_count(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The adapter is that of the best step; its provenance has been edited to step 3 of epoch 0."""
     file = RUN / "adapter" / "provenance.json"
     statement = json.loads(file.read_text())
@@ -62,7 +62,7 @@ def test_steps_after_the_checkpoint_do_not_count(workplace: Path, capsys: pytest
     assert sum(use["status"] == "after this checkpoint" for use in found) > 0
 
 
-def test_a_record_left_out_or_tested_is_told_apart(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_left_out_or_tested_is_told_apart(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = Path("claims.jsonl").read_text("utf-8").splitlines()[0]
     long = json.dumps({"id": "x-1", "instruction": "Why?", "response": "word " * 600})
     Path("more.jsonl").write_text(f"{line}\n{long}\n{line}\n", "utf-8")
@@ -81,7 +81,7 @@ def test_a_record_left_out_or_tested_is_told_apart(workplace: Path, capsys: pyte
     assert look_up("test.jsonl", capsys, run)[0]["status"] == "test"
 
 
-def test_the_ledger_is_read_once_for_any_number_of_records(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ledger_is_read_once_for_any_number_of_records(small_setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """First and last of 40,002 records were used; what they were used for is the ledger's, by id."""
     known, _ = read_records(["claims.jsonl"], ReadOptions(), needs_response=True)
     first, last = known[0], known[1]
@@ -102,13 +102,13 @@ def test_the_ledger_is_read_once_for_any_number_of_records(workplace: Path, monk
     assert {use["status"] for use in found[1:-1]} == {"unknown"}
 
 
-def test_a_replay_from_the_run_folder_is_bit_equal(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_replay_from_the_run_folder_is_bit_equal(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--ckpt_path", str(RUN), "--replay", "true"]) == 0
     assert "ok           replay: bit-equal" in capsys.readouterr().out
     assert [path.name for path in Path("runs").iterdir()] == ["run"]
 
 
-def test_a_replay_says_how_far_another_result_is(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_replay_says_how_far_another_result_is(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RUN / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.0002", "learning_rate: 0.00021"))
     assert main(["verify", "--ckpt_path", str(RUN), "--replay", "true"]) == 3
@@ -126,12 +126,15 @@ def new_key(name: str) -> None:
 
 
 @needs_model_signing
-def test_a_signed_export_names_what_changed(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signed_export_names_what_changed(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file changed together with its digest in provenance.json passes without the signature."""
     new_key("key"), new_key("other")
     flags = ["--ckpt_path", str(RUN), "--output_dir", "out", "--check", "0", "--sign", "key.pem"]
     assert main(["export", "--config", CONFIG, *flags]) == 0
     verify = ["verify", "--ckpt_path", "out", "--model.base", "base"]
+    assert main([*verify, "--public_key", "key.pub"]) == 0
+    assert "ok           signature" in capsys.readouterr().out
+    Path("out/adapter.lock").touch()  # of this machine alone, and signed by nobody
     assert main([*verify, "--public_key", "key.pub"]) == 0
     assert "ok           signature" in capsys.readouterr().out
     assert main([*verify, "--public_key", "other.pub"]) == 3
@@ -150,7 +153,7 @@ def test_a_signed_export_names_what_changed(workplace: Path, capsys: pytest.Capt
 
 
 @needs_model_signing
-def test_a_key_that_cannot_sign_is_refused_first(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_that_cannot_sign_is_refused_first(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("key.pem").write_text("no key")
     flags = ["--ckpt_path", str(RUN), "--output_dir", "out", "--sign", "key.pem"]
     assert main(["export", "--config", CONFIG, *flags]) == 2
@@ -159,7 +162,7 @@ def test_a_key_that_cannot_sign_is_refused_first(workplace: Path, capsys: pytest
 
 
 def test_without_the_library_its_install_line_is_named(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_setup: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "model_signing", None)
     flags = ["--ckpt_path", str(RUN), "--output_dir", "out", "--sign", "key.pem"]

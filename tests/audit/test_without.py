@@ -98,7 +98,7 @@ def test_a_file_without_ids_is_refused(base: Any, train_file: Path, tmp_path: Pa
         fit(base, train_file, tmp_path / "runs", without=str(tmp_path / "ids.txt"))
 
 
-def test_its_provenance_names_the_ids_by_salted_hash(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_provenance_names_the_ids_by_salted_hash(small_setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The references are the HMAC of the ids under the salt of the run, and SHA-256 of the replaced run's files."""
     ids = [json.loads(line)["id"] for line in Path("claims.jsonl").read_text("utf-8").splitlines()][2:4]
     Path("ids.txt").write_text("\n".join(ids))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from torchmetrics.text import CHRFScore
 
 from lit_phi2.data.records import Fact, Record
 from lit_phi2.evaluation.metrics import (
@@ -172,6 +173,22 @@ def test_chrf_is_the_f2_of_character_ngrams(new_record: NewRecord) -> None:
     scores = [5 * p * r / (4 * p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True)]
     score = score_completions([new_record(reference)], [completion])[0].chrf
     assert score == pytest.approx(sum(scores) / 6, abs=1e-6)
+
+
+def test_chrf_is_torchmetrics_own_of_each_completion(new_record: NewRecord) -> None:
+    """Reference: its CHRFScore without word n-grams, on each pair alone."""
+    pairs = [
+        ("The claim was denied.", "The claim was denied."),
+        ("the claim was denyed", "The claims were denied, 12/04."),
+        ("Call us", "Send the appeal within 180 days of the notice, with its number."),
+        ("Ünrelated: żółć!", "Kappa \u2013 a b c"),
+        ("", "Denied."),
+    ]
+    scores = score_completions([new_record(reference) for _, reference in pairs], [first for first, _ in pairs])
+    expected = [float(CHRFScore(n_word_order=0)([completion], [[reference]])) for completion, reference in pairs]
+    assert [score.chrf for score in scores] == pytest.approx(expected, abs=1e-6)
+    assert expected[0] == pytest.approx(1.0, abs=1e-6)
+    assert 0 < expected[1] < 1
 
 
 def test_a_record_without_facts_counts_except_in_recall(

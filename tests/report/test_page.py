@@ -54,6 +54,16 @@ def test_numbers_are_those_of_the_files(new_run: NewRun, page_of: PageOf) -> Non
     assert "without 2 records" in page.text
 
 
+def test_rows_are_as_full_as_their_tokens_of_max_length(new_run: NewRun, page_of: PageOf) -> None:
+    """The 14 tokens of the four records in one row of 20."""
+    folder = new_run()
+    config = (folder / "config.yaml").read_text("utf-8")
+    (folder / "config.yaml").write_text(config.replace("max_length: 8", "max_length: 20"), "utf-8")
+    page = page_of(folder)
+    assert "1 row of up to 20 tokens in an epoch, 70.0% full." in page.text
+    assert page.row("train")[8:] == ["1", "70.0%"]
+
+
 def test_the_summary_says_what_became_of_the_loss(new_run: NewRun, page_of: PageOf) -> None:
     text = " ".join(page_of(new_run()).text.split())
     assert "Training took 4 optimizer steps on 4 records." in text

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import ROOT, fill_lora_b, new_data, new_module, weights_of
 from lit_phi2 import ClaimsDataModule, LitPhi2, Trainer
@@ -118,14 +119,28 @@ def test_one_trainer_fits_twice_in_two_folders(new: Callable[..., Any], tmp_path
     assert read_checkpoint(last)[1]["global_step"] == 12
 
 
+class Interrupt(Callback):
+    """As a click on Interrupt in a notebook, in the sixth step."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupted_run_leaves_a_page_of_its_steps(new: Callable[..., Any], tmp_path: Path) -> None:
+    """References: the step of the signal, and TensorBoard's own reader."""
+    model, data, trainer = new(callbacks=[Interrupt()])
+    with pytest.raises(RunInterrupted):
+        trainer.fit(model, data)
+    folder = tmp_path / "run" / "version_0"
+    page = (folder / "report.html").read_text("utf-8")
+    assert "Training took 6 optimizer steps on 6 records." in page
+    base_loss = EventAccumulator(str(folder)).Reload().Scalars("val/loss")[0].value
+    assert f"{base_loss:.3f}" in page
+
+
 def test_an_interrupted_run_continues_in_the_same_program(new: Callable[..., Any], tmp_path: Path) -> None:
-    """As after a click on Interrupt in a notebook. Reference: a run that no one stopped."""
-
-    class Interrupt(Callback):
-        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-            if trainer.global_step == 5:
-                signal.raise_signal(signal.SIGINT)
-
+    """Reference: a run that no one stopped."""
     model, data, trainer = new(callbacks=[Interrupt()])
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(RunInterrupted, match="stopped after optimizer step 6, which is saved"):
