@@ -19,7 +19,7 @@ from lit_phi2.generation.engine import Completion, Engine, generate
 from lit_phi2.generation.feed import feed
 from lit_phi2.generation.ngrams import NgramIndex
 from lit_phi2.generation.questions import encode_question, encode_questions
-from lit_phi2.model.device import choose_dtype, disable_malloc_trim
+from lit_phi2.model.device import choose_dtype, disable_malloc_trim, keep_float32_sums
 from lit_phi2.model.lora import LoraSettings, PeftModel, adapter_state_dict, load_adapter_state_dict
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
 from lit_phi2.pretrained import load_tokenizer, read_model_config
@@ -39,7 +39,7 @@ class AdapterModule(LightningModule):
         adapter: a checkpoint or folder whose weights the adapter starts from; None starts from the base.
         lora_settings: of the adapter.
         lora_dropout: on the input of LoRA's update.
-        dtype: auto, bfloat16 or float32.
+        dtype: auto, bfloat16, float16 or float32.
         max_new_tokens: of a completion.
         max_slots: completions at the same time; None for what memory and device suggest.
         drafts: whether passes check drafts.
@@ -108,6 +108,8 @@ class AdapterModule(LightningModule):
         log.info("device %s, compute dtype %s: %s", device, str(dtype).removeprefix("torch."), reason)
         if device.type == "cpu":
             disable_malloc_trim()
+        if dtype == torch.float16:
+            keep_float32_sums()
         torch.manual_seed(self.seed)  # A is initialized at random; earlier draws must not change it
         self.phi = load_base(checked, self.lora_settings, dtype, dropout=self.lora_dropout)
         self.eos_token_id = int(load_tokenizer(checked.model).eos_token_id)
