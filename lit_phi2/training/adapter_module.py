@@ -182,6 +182,8 @@ class AdapterModule(LightningModule):
 
     def on_predict_start(self) -> None:
         self._engine = self.new_engine(num_pending(self.trainer))
+        examples = training_data(self.trainer).splits["predict"].examples
+        self._engine.locate = lambda index: examples[index].location
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Submit a batch of prompts, and return the completions that ended, each with the index of its record.
