@@ -3,9 +3,9 @@
     loss x scale -> backward in float16 -> float32 gradients of A and B, / scale -> finite: clipping, AdamW
                                                                                  -> else: no step, half the scale
 
-float16 holds 6e-8 to 65,504. Gradients of activations are smaller than that from Phi-2's first blocks on, so they are
-computed as multiples. The arithmetic is that of torch.amp.GradScaler, on plain numbers: the module reads the norm of
-the gradients in every step anyway. Every factor is a power of two, so scaling rounds nothing.
+float16 ends at 65,504 and at 6e-8, and gradients of activations may be smaller, so they are computed as multiples. The
+arithmetic is that of torch.amp.GradScaler, on plain numbers: the module reads the norm of the gradients in every step
+anyway. Every factor is a power of two, so scaling rounds nothing.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Overflow: where a forward pass first gives a number that is not finite, and for which record.
 
-    Batch -> the same forward pass, watched -> "the residual sum after model.layers.3 ...; first in a.jsonl:17"
+    Batch -> the same forward pass, watched -> "the residual sum after model.layers.3 ..., first for a.jsonl:17"
 
 It is run again only after a loss or a gradient was not finite: looking at every output costs a pass over it.
 """
@@ -35,10 +35,10 @@ def describe_overflow(phi: FusedPhiForCausalLM, batches: Sequence[Batch]) -> str
             continue
         where, is_token = found
         names = ", ".join(locations(batch, is_token)) or "the padding of a row"
-        limit = f"{torch.finfo(dtype).max:,.0f}" if dtype == torch.float16 else f"{torch.finfo(dtype).max:.1e}"
-        text = f"{where} is beyond {limit}, the largest number of {str(dtype).removeprefix('torch.')}, or not a number"
+        limit = f"{torch.finfo(dtype).max:{',.0f' if dtype == torch.float16 else '.1e'}}"
         cure = " Set model.dtype to float32, or to bfloat16 where the device has it." * (dtype == torch.float16)
-        return f"{text}; first in {names}.{cure}"
+        name = str(dtype).removeprefix("torch.")
+        return f"{name} overflows: {where} is beyond {limit} or not a number, first for {names}.{cure}"
     return None
 
 

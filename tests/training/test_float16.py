@@ -246,8 +246,8 @@ def test_a_residual_that_overflows_is_named_with_its_record(
     with pytest.raises(NonFiniteError, match=f"step 1: the loss is {loss} and the gradient norm nan") as error:
         new_trainer(tmp_path, **settings).fit(module, new_data(base, overflowing_file))
     message = str(error.value)
-    assert f"the residual sum after model.layers.{layer} is beyond 65,504, the largest number of float16" in message
-    assert f"first in {overflowing_file}:7. Set model.dtype to float32" in message
+    assert f"float16 overflows: the residual sum after model.layers.{layer} is beyond 65,504" in message
+    assert f"first for {overflowing_file}:7. Set model.dtype to float32" in message
     assert "claim" not in message
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(module).items())
 
@@ -256,7 +256,7 @@ def test_a_validation_that_overflows_names_its_record(
     overflowing_file: Path, claims_phi_dir: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     base = residual_base(claims_phi_dir, tmp_path, tokenizer, 0)
-    with pytest.raises(NonFiniteError, match=rf"after model.layers.0 .* first in {overflowing_file}:7\."):
+    with pytest.raises(NonFiniteError, match=rf"after model.layers.0 .* first for {overflowing_file}:7\."):
         new_trainer(tmp_path).validate(new_module(base, dtype="float16"), new_data(base, overflowing_file))
 
 
