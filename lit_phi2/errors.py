@@ -3,7 +3,7 @@
     2           InputError       config, arguments or data must change
     3           VerificationError  `verify` found files that are not what they were
     3           LeakageError     `audit` found more leakage than its threshold allows
-    1           NonFiniteError   a loss or a gradient norm is NaN or infinite
+    1           NonFiniteError   a loss, a gradient norm or logits are NaN or infinite
     1           IncompleteError  an output would lack a part
     130, 143    RunInterrupted   Ctrl-C or SIGTERM
 
@@ -28,7 +28,7 @@ class LeakageError(VerificationError):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient norm is NaN or infinite; raised before the optimizer step is taken."""
+    """A loss, or a gradient norm before its step is taken, or the logits of a completion are NaN or infinite."""
 
     exit_code = 1
 

@@ -7,7 +7,8 @@
 
 Epochs count from 0 and steps from 1, as the curves do. The schedule of an epoch is a function of lengths and seed, so
 the steps of a record are computed when the ledger is written, and a killed run that is resumed has the ledger of an
-undisturbed one. The supervised tokens of the rows that share a step add up to `train/supervised_tokens` there.
+undisturbed one. The supervised tokens of the rows that share a step add up to `train/supervised_tokens` there. A step
+that was skipped, because float16 overflowed in it, used no record.
 
 Records are written in groups, and the steps of all epochs wait on disk, so that memory holds those of one epoch.
 """
@@ -52,6 +53,7 @@ class StepsTaken:
         steps: optimizer steps taken.
         steps_per_epoch: of a whole epoch.
         repeats_epoch: every epoch has the batches of the first (trainer.overfit_batches).
+        skipped: those of the steps, from 1, that changed nothing, because float16 gradients overflowed.
     """
 
     batching: BatchingConfig
@@ -59,6 +61,7 @@ class StepsTaken:
     steps: int
     steps_per_epoch: int
     repeats_epoch: bool = False
+    skipped: tuple[int, ...] = ()
 
 
 # The salt
@@ -146,7 +149,8 @@ def _steps_of_epochs(split: Split, taken: StepsTaken, file: IO[bytes]) -> Array:
             split.lengths, split.supervised, taken.batching, seed=taken.seed, epoch=number
         )
         steps_in_epoch[steps_in_epoch >= 0] += epoch * taken.steps_per_epoch
-        steps[epoch] = np.where(steps_in_epoch < taken.steps, steps_in_epoch, -1)
+        is_taken = (steps_in_epoch < taken.steps) & ~np.isin(steps_in_epoch + 1, taken.skipped)
+        steps[epoch] = np.where(is_taken, steps_in_epoch, -1)
     return steps
 
 
@@ -228,13 +232,14 @@ def _schema(taken: StepsTaken | None) -> Any:
     import pyarrow as pa
 
     use = pa.struct([("epoch", pa.int32()), ("step", pa.int64())])
+    metadata: dict[str, Any] = {"format": LEDGER_FORMAT, "steps": taken.steps if taken else 0}
     counts = ("prompt_tokens", "response_tokens", "supervised_tokens", "truncated_tokens")
     return pa.schema(
         [("split", pa.string()), ("id", pa.string()), ("file", pa.string()), ("line", pa.int64())]
         + [("column", pa.int32()), ("category", pa.string()), ("form", pa.string())]
         + [(name, pa.int32()) for name in counts]
         + [("content_sha256", pa.binary(32)), ("uses", pa.list_(use)), ("left_out", pa.string())],
-        metadata={"lit_phi2": json.dumps({"format": LEDGER_FORMAT, "steps": taken.steps if taken else 0})},
+        metadata={"lit_phi2": json.dumps(metadata | ({"skipped": taken.skipped} if taken and taken.skipped else {}))},
     )
 
 

@@ -65,7 +65,7 @@ def check_trainer_settings(trainer: Any) -> None:
     if trainer.precision not in (None, 32, "32", "32-true"):
         raise InputError(
             f"trainer.precision: {trainer.precision} is not supported here; the compute dtype is model.dtype (auto, "
-            "bfloat16 or float32), and LoRA weights are always float32."
+            "bfloat16, float16 or float32), and LoRA weights are always float32."
         )
     _check_accelerator(str(trainer.accelerator))
     if trainer.use_distributed_sampler:

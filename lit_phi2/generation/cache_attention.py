@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.generation.kv_cache import CacheShape, KVCache, round_up
+from lit_phi2.model.attention import attend
 
 MASK_STEP = 32  # positions; the length of masked attention is a multiple of it
 CALL_BYTES = 1_000_000  # of keys and values that are read in the time that a call costs by itself, about 40 us
@@ -88,9 +88,7 @@ class CacheAttention:
         if mask is not None and mask.dim() == 3:
             output = _attend_single(query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask, self.scaling)
             return output.view(len(group), -1, query.shape[-1])
-        output = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scaling
-        )
+        output = attend(query, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
         return output.transpose(1, 2).flatten(0, 1)
 
 

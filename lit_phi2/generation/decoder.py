@@ -19,6 +19,8 @@ from lit_phi2.generation.kv_cache import CacheShape, KVCache
 from lit_phi2.generation.weights import DecodingWeights
 from lit_phi2.model.phi2 import FusedPhiForCausalLM, block_forward
 
+NOT_FINITE = -1  # instead of a token: logits that overflowed choose none
+
 
 class Decoder:
     """Passes of a model over a cache.
@@ -72,9 +74,12 @@ class Decoder:
         return chosen
 
     def choose_on_device(self, hidden: Tensor) -> Tensor:
-        """The same as a tensor, (N,)."""
-        # Of equal logits argmax takes the first, as transformers does; no copy of them is made.
-        return self.weights.head(self.weights.norm(hidden)).argmax(-1)
+        """The same as a tensor, (N,); NOT_FINITE after a token whose logits are not."""
+        # Of equal logits argmax takes the first, as transformers does, and a NaN if there is one.
+        logits = self.weights.head(self.weights.norm(hidden))
+        chosen = logits.argmax(-1)
+        is_finite = logits.gather(-1, chosen[:, None])[:, 0].isfinite()
+        return chosen.masked_fill_(~is_finite, NOT_FINITE)
 
 
 def _rotary_table(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_phi2.errors import InputError
+from lit_phi2.errors import InputError, NonFiniteError
 from lit_phi2.generation.cache_attention import Segment
 from lit_phi2.generation.capacity import choose_num_slots
-from lit_phi2.generation.decoder import Decoder
+from lit_phi2.generation.decoder import NOT_FINITE, Decoder
 from lit_phi2.generation.drafts import MAX_DRAFT_SLOTS, Drafter
 from lit_phi2.generation.kv_cache import KVCache, round_up
 from lit_phi2.generation.slots import Generated, Slots, common_prefix
@@ -56,6 +56,7 @@ class Engine:
         drafts: proposes tokens that a pass checks together.
 
     Attributes:
+        locate: names the prompt of a key in an error.
         on_tokens: called with the key and the new tokens of a completion as soon as they are chosen.
         num_passes, num_tokens: decode passes, and tokens that they added (EOS included), so far.
     """
@@ -74,6 +75,7 @@ class Engine:
         self.eos_token_id, self.max_new_tokens, self.max_slots = eos_token_id, max_new_tokens, max_slots
         self.expected_prompts, self.drafts = expected_prompts, drafts
         self.on_tokens: Callable[[int, list[int]], None] | None = None
+        self.locate: Callable[[int], str] = lambda key: f"prompt {key}"
         self.num_positions: int = model.config.max_position_embeddings
         self.num_passes = self.num_tokens = 0
         num_rows = choose_num_slots(max_slots, expected_prompts, model.lm_head.weight.device)
@@ -219,6 +221,12 @@ class Engine:
 
     def _append(self, slot: int, sequence: Generated, tokens: list[int], ended: list[tuple[int, Completion]]) -> int:
         """Append tokens to the sequence of a slot, up to EOS; returns how many, EOS included."""
+        if NOT_FINITE in tokens:
+            num_tokens = len(sequence.ids) - sequence.prompt_length
+            raise NonFiniteError(
+                f"{self.locate(sequence.key)}: the logits after {num_tokens} tokens of its completion are infinite or "
+                "not a number. If model.dtype is float16, set it to float32 or bfloat16."
+            )
         stops = self.eos_token_id in tokens
         kept = tokens[: tokens.index(self.eos_token_id)] if stops else tokens
         sequence.ids.extend(kept)

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812  the name that torch's own do
 from lit_phi2.generation.cache_attention import apply_rotary_emb_
 from lit_phi2.generation.decoder import Decoder
 from lit_phi2.generation.kv_cache import KVCache
+from lit_phi2.model.attention import attend
 from lit_phi2.model.phi2 import block_forward
 
 LENGTH_STEP = 256  # positions; every slot attends to as many as the longest has, rounded up
@@ -80,7 +81,7 @@ class StaticDecoder:
                 self.cache.write(layer, self.slots, self.positions, qkv[:, 1:])
                 keys, values = self.cache.layers[layer][..., :length, :].unbind(0)  # (S, H, length, d) each
                 query = qkv[:, 0, :, None]  # (S, H, 1, d)
-                output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=decoder.scaling)
+                output = attend(query, keys, values, attn_mask=mask, scale=decoder.scaling)
                 return output[:, :, 0].to(dtype)
 
             hidden = block_forward(block, hidden, attention)

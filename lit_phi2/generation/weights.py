@@ -123,8 +123,9 @@ def _choose_plan(
         return _Plan(dtype, copies_all, merges=False, native_rows=0, reasons=reasons)
     if head.weight.device.type == "cpu" and pays:
         numel = sum(base_layer(layer).weight.numel() for layer in [*layers, head])
-        if dtype == torch.float32:
+        if dtype in (torch.float32, torch.float16):  # float16 is multiplied in float32 anyway (`linear.py`)
             copies_all = _fits(4 * numel, head.weight.device)
+            dtype = torch.float32 if copies_all else dtype
         else:
             name, speedup = _fastest_product(head, num_rows)
             if name == "float32" and _fits(4 * numel, head.weight.device):

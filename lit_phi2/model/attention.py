@@ -5,7 +5,12 @@
     N  tokens of all rows of a batch, one after the other      H  heads      d  width of a head
 
 On a CPU plain batched matmuls over one example are faster than the flash kernel, whose backward pass at 512 tokens
-costs more than any other matmul of the layer. On CUDA one call of the variable-length flash kernel covers the batch.
+costs more than any other matmul of the layer. On CUDA one call of the variable-length flash kernel covers the batch,
+where the card has that kernel: from sm80 on.
+
+Scores q k^T of Phi-2 exceed float16, whose largest number is 65,504, before they are scaled (transformers#28673). They
+are float32 everywhere: the CPU's products are (`linear.matmul_dtype`), torch's kernels for CPU and CUDA keep them so,
+and on MPS queries and keys are converted first (`attend`).
 """
 
 from dataclasses import dataclass
@@ -17,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 from torch.nn.attention.varlen import varlen_attn
 
+from lit_phi2.model.device import has_flash_attention
 from lit_phi2.model.linear import matmul_dtype
 
 Segment = tuple[int, int]  # first token of an example and the token after its last, among the N tokens
@@ -29,7 +35,7 @@ class PackedLayout:
 
     Attributes:
         segments: of the examples; they cover the N tokens.
-        cu_seqlens: (examples + 1,) int32 on CUDA, 0 and the end of each example; else None.
+        cu_seqlens: (examples + 1,) int32 on CUDA from sm80 on, 0 and the end of each example; else None.
         attn_mask: (B, 1, T, T) bool on MPS, which keys each query attends to; else None.
     """
 
@@ -50,7 +56,7 @@ def packed_layout(position_ids: Tensor) -> PackedLayout:
     flat = position_ids.flatten()
     starts = torch.nonzero(flat == 0).flatten().tolist()
     segments = list(zip(starts, [*starts[1:], len(flat)], strict=True))
-    if position_ids.device.type == "cuda":
+    if position_ids.device.type == "cuda" and has_flash_attention(position_ids.device):
         cu_seqlens = [0, *(end for _, end in segments)]
         return PackedLayout(segments, torch.tensor(cu_seqlens, dtype=torch.int32, device=position_ids.device))
     if position_ids.device.type == "mps":
@@ -99,7 +105,7 @@ def packed_attention(
     outputs = []
     for start, end in layout.segments:
         q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+        output = attend(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
         outputs.append(output.transpose(0, 1))
     return torch.cat(outputs)
 
@@ -110,8 +116,16 @@ def _masked_attention(
     """(N, H, d), over whole rows with a mask."""
     # (B, H, T, d)
     query, key, value = (x.unflatten(0, (len(attn_mask), -1)).transpose(1, 2) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout, scale=scaling)
+    output = attend(query, key, value, attn_mask=attn_mask, dropout_p=dropout, scale=scaling)
     return output.transpose(1, 2).flatten(0, 1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    """torch's scaled_dot_product_attention, with float32 scores on MPS too, where float16's would overflow."""
+    dtype = query.dtype
+    if dtype == torch.float16 and query.device.type == "mps":
+        query, key, value = query.float(), key.float(), value.float()
+    return F.scaled_dot_product_attention(query, key, value, **settings).to(dtype)
 
 
 def apply_rotary_emb(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

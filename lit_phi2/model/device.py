@@ -1,11 +1,12 @@
 """Device: the compute dtype that suits a device and a model, and the reason.
 
-    auto on CUDA     bfloat16 from sm80 on, else float32
+    auto on CUDA     bfloat16 from sm80 on, float16 from sm70 to sm75 (Volta, Turing), else float32
     auto on MPS      bfloat16 where the GPU has it, else float32
     auto on a CPU    bfloat16 where the CPU multiplies it faster than float32; elsewhere float32 if the weights then
                      take less than a quarter of the memory, else bfloat16, which `linear.py` multiplies in float32
 
-Lightning chooses the device (`trainer.accelerator: auto`: CUDA, then MPS, then CPU). float16 is refused for Phi-2.
+Lightning chooses the device (`trainer.accelerator: auto`: CUDA, then MPS, then CPU). float16 ends at 65,504: what can
+overflow, and what is done about it, is in `training/README.md`.
 """
 
 import ctypes
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from lit_phi2.errors import InputError
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+FLOAT16_CAPABILITY, FLASH_CAPABILITY = (7, 0), (8, 0)  # the first cards with tensor cores; the first with bfloat16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MMAP_THRESHOLD_BYTES = 32 * 2**20  # the largest value to which glibc raises its own threshold
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # what a container may use; "max" without a limit
@@ -30,12 +33,12 @@ def choose_dtype(requested: str, device: torch.device, num_parameters: int) -> t
     """The compute dtype for a device, and the reason in a few words.
 
     Args:
-        requested: model.dtype: auto, bfloat16 or float32.
+        requested: model.dtype: auto, bfloat16, float16 or float32.
         device: where the model runs.
         num_parameters: of the model.
 
     Raises:
-        InputError: Phi-2 or the device does not support the dtype.
+        InputError: the dtype is unknown, or the device does not support it.
 
     >>> choose_dtype("float32", torch.device("cpu"), 2_779_683_840)
     (torch.float32, 'set by model.dtype')
@@ -45,6 +48,8 @@ def choose_dtype(requested: str, device: torch.device, num_parameters: int) -> t
     if requested == "auto":
         if is_fast:
             return torch.bfloat16, reason
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT16_CAPABILITY:
+            return torch.float16, f"{reason}, but float16"
         if device.type != "cpu":
             return torch.float32, reason
         fits = 4 * num_parameters < total_memory() / 4
@@ -57,19 +62,26 @@ def choose_dtype(requested: str, device: torch.device, num_parameters: int) -> t
 
 
 def check_dtype(requested: str) -> None:
-    """Refuse a dtype that works on no device, before anything is loaded.
+    """Refuse an unknown dtype before anything is loaded.
 
     Raises:
-        InputError: float16, or an unknown dtype.
+        InputError: names the dtypes.
     """
-    if requested in ("float16", "fp16", "half"):
-        # huggingface/transformers#28673
-        raise InputError(
-            "model.dtype: float16 is refused: Phi-2's attention overflows its range and completions become '!!!!'. "
-            "Use bfloat16, float32 or auto."
-        )
-    if requested not in ("auto", "bfloat16", "float32"):
-        raise InputError(f"model.dtype: {requested!r} is unknown; expected auto, bfloat16 or float32.")
+    if requested not in DTYPES:
+        raise InputError(f"model.dtype: {requested!r} is unknown; expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+
+
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether a CUDA card has torch's kernel for examples of different lengths, which needs Ampere's instructions."""
+    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+
+
+def keep_float32_sums() -> None:
+    """Forbid cuBLAS to add parts of a float16 product in float16, where they overflow before the sum does.
+
+    torch allows it by default. On other devices nothing reads the setting.
+    """
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def has_fast_bf16(device: torch.device) -> tuple[bool, str]:

@@ -5,7 +5,8 @@
 Only some CPUs multiply bfloat16 faster than float32: those with AMX, and some of those with AVX512-BF16. Without
 either, torch falls back to loops that take seven times as long as float32 in the forward pass and three hundred times
 as long in the backward pass. Where float32 is faster the matrix is converted to it in chunks that fit a cache, which
-gives the speed of float32 with half its memory. Sums are kept in float32, as AMX does, and rounded once.
+gives the speed of float32 with half its memory. Sums are kept in float32, as AMX does, and rounded once. float16 is
+always multiplied in float32: few CPUs have products of it, and torch's loops for the others are slow.
 """
 
 import functools
@@ -111,7 +112,7 @@ def frozen_matmul(
 
     Args:
         x: (N, K).
-        matrix: (K, M), in the dtype of x or in bfloat16.
+        matrix: (K, M), in the dtype of x, in bfloat16 or in float16.
         bias: (M,).
         lora_x, lora_b: (N, r) and (r, M), a low-rank update; both or neither.
         scale: of the update.
@@ -149,6 +150,8 @@ def _add_bias_and_lora(
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which x, (N, ...), is multiplied: its own, or float32 where the CPU multiplies that faster."""
+    if x.dtype == torch.float16 and x.device.type == "cpu":
+        return torch.float32
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) < EMULATION_MIN_ROWS:
         return x.dtype
     return torch.float32 if emulates_bf16() else x.dtype

@@ -187,6 +187,11 @@ def trainable_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
+def gradients(model: PeftModel) -> list[Tensor]:
+    """The gradients of the adapter, without those that are None."""
+    return [parameter.grad for parameter in trainable_parameters(model).values() if parameter.grad is not None]
+
+
 def adapter_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """A copy of the adapter's weights on the CPU."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable_parameters(model).items()}

@@ -94,6 +94,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             softmax.add_chunk(head, chunk, bias)
         nats = (softmax.max_logit + softmax.sum_exp.log() - softmax.target_logit).sum()
         ctx.save_for_backward(softmax.grad(head.rows(targets)) if softmax.with_grad else None)
+        ctx.dtype = hidden.dtype
         num_correct = softmax.num_correct()
         ctx.mark_non_differentiable(num_correct)
         return nats, num_correct
@@ -102,7 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nats: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_nats.to(grad.dtype) if grad is not None else None, None, None
+        return (grad * grad_nats.to(grad.dtype)).to(ctx.dtype) if grad is not None else None, None, None
 
 
 class _OnlineSoftmax:
@@ -162,13 +163,15 @@ class _OnlineSoftmax:
     def grad(self, target_rows: Tensor) -> Tensor:
         """(N, D): the gradient of the summed nats with respect to hidden.
 
+        In float16's place float32: the loss scale, which keeps small values in float16's range, comes in backward only.
+
         Args:
             target_rows: (N, D), the weights of each position's target.
         """
         assert self.weighted_rows is not None
         target_term = (self.target_logit - self.max_logit).exp_().div_(self.sum_exp).sub_(1)  # softmax - 1
         grad = self.weighted_rows.div_(self.sum_exp).addcmul_(target_term, target_rows.to(self.acc_dtype))
-        return grad.to(self.hidden.dtype)
+        return grad if self.hidden.dtype == torch.float16 else grad.to(self.hidden.dtype)
 
     def num_correct(self) -> Tensor:
         """Scalar int64: positions whose target has the largest logit."""

@@ -22,7 +22,7 @@ from lit_phi2.generation.feed import feed
 from lit_phi2.generation.ngrams import NgramIndex
 from lit_phi2.generation.questions import encode_question, encode_questions
 from lit_phi2.model.calibration import QuantizationTable, apply_table, calibrate, describe_table
-from lit_phi2.model.device import choose_dtype, disable_malloc_trim
+from lit_phi2.model.device import choose_dtype, disable_malloc_trim, keep_float32_sums
 from lit_phi2.model.lora import LoraSettings, PeftModel, adapter_state_dict, load_adapter_state_dict
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
 from lit_phi2.model.quantization import check_quantization, describe_products
@@ -43,7 +43,7 @@ class AdapterModule(LightningModule):
         adapter: a checkpoint or folder whose weights the adapter starts from; None starts from the base.
         lora_settings: of the adapter.
         lora_dropout: on the input of LoRA's update.
-        dtype: auto, bfloat16 or float32.
+        dtype: auto, bfloat16, float16 or float32.
         quantization: int8 for frozen weights in 8 bits, else None.
         max_new_tokens: of a completion.
         max_slots: completions at the same time; None for what memory and device suggest.
@@ -118,6 +118,8 @@ class AdapterModule(LightningModule):
         log.info("device %s, compute dtype %s: %s", device, str(dtype).removeprefix("torch."), reason)
         if device.type == "cpu":
             disable_malloc_trim()
+        if dtype == torch.float16:
+            keep_float32_sums()
         torch.manual_seed(self.seed)  # A is initialized at random; earlier draws must not change it
         calibrate = self._calibrate if self.quantization is not None else None
         self.phi = load_base(checked, self.lora_settings, dtype, dropout=self.lora_dropout, calibrate=calibrate)
@@ -223,6 +225,8 @@ class AdapterModule(LightningModule):
 
     def on_predict_start(self) -> None:
         self._engine = self.new_engine(num_pending(self.trainer))
+        examples = training_data(self.trainer).splits["predict"].examples
+        self._engine.locate = lambda index: examples[index].location
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Submit a batch of prompts, and return the completions that ended, each with the index of its record.

@@ -22,7 +22,7 @@ from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.data.packing import Lengths
 from lit_phi2.data.schedule import BatchingConfig, evaluation_schedule
 from lit_phi2.data.splits import Split
-from lit_phi2.errors import InputError
+from lit_phi2.errors import InputError, NonFiniteError
 from lit_phi2.model.phi2 import FusedPhiForCausalLM, packed_forward
 from lit_phi2.training.module import LitPhi2
 from lit_phi2.types import IGNORE_INDEX, Example, Row
@@ -102,6 +102,9 @@ def example_nats(
         examples: to measure.
         lengths: (n,) tokens of each.
         batching: of data.max_length, packing and batch_size.
+
+    Raises:
+        NonFiniteError: the loss of an example is not finite; names the first.
     """
     was_training = phi.training
     phi.eval()
@@ -115,6 +118,9 @@ def example_nats(
         values = _token_nats(hidden[:, :-1][is_scored], batch.labels[:, 1:][is_scored], phi)
         np.add.at(nats, owner[:, 1:][is_scored.cpu()].numpy(), values.double().cpu().numpy())
     phi.train(was_training)
+    if not np.isfinite(nats).all():
+        location = examples[int(np.flatnonzero(~np.isfinite(nats))[0])].location
+        raise NonFiniteError(f"{location}: its loss is infinite or not a number; in float16, try another model.dtype.")
     return nats
 
 

@@ -21,6 +21,7 @@ from lit_phi2.audit.leakage import LeakageLimits
 from lit_phi2.audit.provenance import check_provenance
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError, RunInterrupted
+from lit_phi2.model.device import DTYPES
 from lit_phi2.training.callbacks.checkpoint import NOTHING_SAVED, AdapterCheckpoint, AtomicCheckpointIO, stop_message
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
@@ -268,6 +269,6 @@ class FitTrainer(pl.Trainer):
 
 def _keep_dtype(model: LitPhi2, run: Mapping[str, Any]) -> None:
     """Continue in the dtype of the run: `auto` might choose another one here, or on a busier machine."""
-    if model.compute_dtype == "auto" and model.phi is None and run.get("compute_dtype") in ("bfloat16", "float32"):
+    if model.compute_dtype == "auto" and model.phi is None and run.get("compute_dtype") in DTYPES[1:]:
         model.compute_dtype = run["compute_dtype"]
         log.info("model.dtype: %s, as in the checkpoint", model.compute_dtype)

@@ -46,12 +46,14 @@ def write_fit_ledger(trainer: pl.Trainer, run_dir: Path) -> None:
     if not trainer.is_global_zero:
         return
     data = training_data(trainer)
+    loss_scale = trainer.lightning_module.loss_scale
     taken = StepsTaken(
         data.batching(),
         data.seed,
         trainer.global_step,
         data.steps_per_epoch(),
         repeats_epoch=trainer.overfit_batches > 0,
+        skipped=() if loss_scale is None else tuple(loss_scale.skipped_steps),
     )
     splits = {name: data.splits[name] for name in ("train", "val")}
     (run_dir / PROVENANCE_FILE).unlink(missing_ok=True)  # which has the digest of the old one

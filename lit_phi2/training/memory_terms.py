@@ -125,10 +125,9 @@ class Workload:
     @property
     def matmul_bytes(self) -> int:
         """Of an element where it is multiplied; see `linear.matmul_dtype` and `quantization.py`."""
-        if self.quantized:
-            return FLOAT32_BYTES
-        is_emulated = self.device_type == "cpu" and self.dtype == torch.bfloat16 and emulates_bf16()
-        return FLOAT32_BYTES if is_emulated and self.num_tokens >= EMULATION_MIN_ROWS else self.dtype.itemsize
+        is_emulated = self.dtype == torch.bfloat16 and self.num_tokens >= EMULATION_MIN_ROWS and emulates_bf16()
+        in_float32 = self.device_type == "cpu" and (is_emulated or self.dtype == torch.float16)
+        return FLOAT32_BYTES if in_float32 or self.quantized else self.dtype.itemsize
 
 
 # Training
@@ -161,27 +160,31 @@ def activation_bytes(phi: PhiSizes, work: Workload) -> int:
         D           input of the norm: the hidden state; in the last place that of the final norm, because the first
                     block's comes from frozen weights and has no gradient
         D           input of Wqkv and fc1, the same tensor
-        3 A         CPU: rotated q, k and v. Elsewhere 6 A: rotated q and k, qkv for the sake of v, the output
+        3 A         CPU: rotated q, k and v. Elsewhere 6 A: rotated q and k, qkv for the sake of v, the output;
+                    8 A in float16 on MPS, where q, k, v and the output are float32
         A           input of dense, only if it is a target
-        2 F         slope of GELU, input of fc2
+        2 F         slope of GELU, input of fc2; 3 F in float16 on MPS, where GELU's input is float32
         r           A x, of each target
 
     and in bytes: 2 D for the masks of the residual dropout, the input's width for each mask of LoRA's dropout, 8 for
     mean and deviation of the norm. With checkpointing the input of each block alone is saved, and one block as above
-    while it is computed again. The loss saves the gradient of the S hidden states.
+    while it is computed again. The loss saves the gradient of the S hidden states; in float32 if the dtype is float16.
     """
     e, n = work.dtype.itemsize, work.num_tokens
     block = n * _saved_per_token(phi, work)
     inputs = phi.num_layers * n * phi.width * e
     blocks = inputs + block if work.activation_checkpointing else phi.num_layers * block
     rotary = n * phi.rotary_dim * e
-    return blocks + rotary + work.rows * work.supervised * phi.width * e
+    grad_itemsize = FLOAT32_BYTES if work.dtype == torch.float16 else e
+    return blocks + rotary + work.rows * work.supervised * phi.width * grad_itemsize
 
 
 def _saved_per_token(phi: PhiSizes, work: Workload) -> int:
     """Bytes that a block saves for a token."""
     e, targets = work.dtype.itemsize, work.targets
-    elements = phi.width + (3 if work.device_type == "cpu" else 6) * phi.attn_width + phi.mlp_width
+    converts = work.device_type == "mps" and work.dtype == torch.float16
+    num_attn = 3 if work.device_type == "cpu" else 8 if converts else 6
+    elements = phi.width + num_attn * phi.attn_width + (1 + converts) * phi.mlp_width
     elements += phi.width * ("Wqkv" in targets or "fc1" in targets)
     elements += phi.attn_width * ("dense" in targets and work.device_type == "cpu")  # elsewhere attention saved it
     elements += phi.mlp_width * ("fc2" in targets)

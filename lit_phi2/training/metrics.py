@@ -7,7 +7,7 @@ A mean of batch means or of rank means is not the mean over tokens, so only sums
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torchmetrics import SumMetric
 
 from lit_phi2.errors import NonFiniteError
 from lit_phi2.model.loss import Loss
+from lit_phi2.types import Batch
 
 
 class WindowLoss(NamedTuple):
@@ -37,36 +38,52 @@ class AccumulationWindow:
     def __init__(self) -> None:
         self.nats: list[Tensor] = []
         self.num_tokens: list[Tensor] = []
-        self.locations: list[str] = []
+        self.batches: list[Batch] = []
 
-    def add(self, loss: Loss, locations: Sequence[str]) -> None:
-        """Add a micro-batch, with the locations of its records."""
+    def add(self, loss: Loss, batch: Batch) -> None:
+        """Add a micro-batch, which is kept until the end of the window."""
         self.nats.append(loss.nats.detach())
         self.num_tokens.append(loss.num_tokens)
-        self.locations.extend(locations)
+        self.batches.append(batch)
 
-    def close(self, strategy: Strategy, *, grad_norm: float, step: int) -> WindowLoss:
+    def close(
+        self,
+        strategy: Strategy,
+        *,
+        grad_norm: float,
+        step: int,
+        can_skip: bool,
+        describe_overflow: Callable[[Sequence[Batch]], str | None],
+    ) -> WindowLoss:
         """Sum over all micro-batches and ranks, and begin the next window.
 
         Args:
             strategy: reduces over ranks.
             grad_norm: of the step.
             step: the optimizer step about to be taken, from 1.
+            can_skip: whether gradients that are not finite are no error: another loss scale may make them finite.
+            describe_overflow: where the forward pass is not finite; None if it is finite.
 
         Raises:
-            NonFiniteError: the loss or the gradient norm is not finite; names the records of this rank.
+            NonFiniteError: the loss or the forward pass is not finite, or the gradient norm and can_skip is False;
+                names the record of this rank in which it begins, or its records.
         """
         sums = torch.stack([torch.stack(self.nats).sum(), torch.stack(self.num_tokens).sum()])
         nats, num_tokens = strategy.reduce(sums, reduce_op="sum").tolist()
-        if not (math.isfinite(nats) and math.isfinite(grad_norm)):
-            raise NonFiniteError(
-                f"step {step}: the loss is {nats / max(num_tokens, 1)} and the gradient norm {grad_norm}; "
-                f"the step was not taken. The records in it: {', '.join(self.locations)}"
-            )
+        loss = nats / max(num_tokens, 1)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            description = describe_overflow(self.batches)
+            num_ranks = strategy.reduce(sums.new_tensor(float(description is not None)), reduce_op="sum").item()
+            if not (can_skip and math.isfinite(loss)) or num_ranks:
+                records = ", ".join(location for batch in self.batches for location in batch.locations)
+                raise NonFiniteError(
+                    f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the step was not taken. "
+                    + (description or f"The records in it: {records}")
+                )
         self.nats.clear()
         self.num_tokens.clear()
-        self.locations.clear()
-        return WindowLoss(nats / num_tokens, num_tokens)
+        self.batches.clear()
+        return WindowLoss(loss, num_tokens)
 
 
 class EvalSums(nn.ModuleDict):

@@ -1,10 +1,8 @@
-"""LitPhi2: the LightningModule; it arranges loss, adapter and optimizer around Lightning's loops.
+"""LitPhi2: the LightningModule; it arranges adapter, optimizer, evaluation and checkpoints around Lightning's loops.
 
-    Batch -> hidden states -> loss at supervised positions -> nats x loss_weight -> backward
-    end of an accumulation window: gradient norm, checked -> clipping -> AdamW on LoRA weights -> scalars of this step
+    AdapterModule: loading, completions  ->  TrainingModule: optimizer steps  ->  LitPhi2: everything else
 
-Loading, the adapter and completions are those of `adapter_module.py`. Lengths and fingerprints of a run come from the
-data module through `protocols.py`.
+Lengths and fingerprints of a run come from the data module through `protocols.py`.
 """
 
 import logging
@@ -12,27 +10,21 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
-
 from lit_phi2.adapters.adapter import check_adapter
 from lit_phi2.adapters.checkpoint import adapter_to_state, check_checkpoint
 from lit_phi2.audit.provenance import versions
 from lit_phi2.model.device import check_dtype
 from lit_phi2.model.lora import LoraSettings, load_adapter_state_dict, trainable_parameters
-from lit_phi2.model.loss import Loss, causal_lm_loss
-from lit_phi2.model.phi2 import packed_forward
-from lit_phi2.training.adapter_module import AdapterModule
 from lit_phi2.training.agreement import check_data, check_trainer
 from lit_phi2.training.arguments import check_fraction, check_minimum, check_positive
 from lit_phi2.training.environment import describe_environment, environment_warning
 from lit_phi2.training.loops import use_resumable_loops
-from lit_phi2.training.metrics import AccumulationWindow, EvalSums, eval_metrics
+from lit_phi2.training.metrics import EvalSums, eval_metrics
 from lit_phi2.training.optim import build_optimizer, build_schedule, total_steps
+from lit_phi2.training.overflow import check_range
 from lit_phi2.training.protocols import TrainingData, training_data
 from lit_phi2.training.resume import check_resumable, generation_fingerprint, remap_batch_progress, run_fingerprint
+from lit_phi2.training.training_module import TrainingModule
 from lit_phi2.types import Batch
 from lit_phi2.utils.constructors import keep_arguments
 from lit_phi2.utils.files import tree_digest
@@ -43,7 +35,7 @@ log = logging.getLogger(__name__)
 _DECIDING = ("quantization", "lora_dropout", "learning_rate", "lora_plus_ratio", "weight_decay", "warmup_ratio")
 
 
-class LitPhi2(AdapterModule):
+class LitPhi2(TrainingModule):
     """Phi-2 with LoRA, trained on the responses of records.
 
     Args:
@@ -59,7 +51,7 @@ class LitPhi2(AdapterModule):
         lora_plus_ratio: learning rate of B over that of A; null is 1. 16 is common.
         weight_decay: of AdamW.
         warmup_ratio: fraction of the optimizer steps.
-        dtype: auto, bfloat16 or float32; of the frozen base and of matmuls, while LoRA weights are float32.
+        dtype: auto, bfloat16, float16 or float32; of the frozen base and of matmuls, while LoRA weights are float32.
         quantization: null, or int8 for frozen weights in 8 bits; half the memory and faster products.
         activation_checkpointing: less memory, longer steps; activations are recomputed in backward instead of kept.
             Phi-2 over 512 tokens on a CPU: 6.9 GB instead of 8.0, 1.45 times as long.
@@ -117,8 +109,6 @@ class LitPhi2(AdapterModule):
         self.activation_checkpointing = activation_checkpointing
         self.strict_loading = False  # a checkpoint has no base weights; load_adapter_state_dict checks those it has
         self.eval_sums = EvalSums()  # of validation or test, which never run at once
-        self._window = AccumulationWindow()
-        self._window_loss: float | None = None
 
     def check_data(self, data: TrainingData | None) -> None:
         """Compare the values that the data module must share.
@@ -136,62 +126,11 @@ class LitPhi2(AdapterModule):
         """
         check_trainer(self.trainer)
         self.check_data(self.trainer.datamodule)
-        self._window, self._window_loss = AccumulationWindow(), None  # an interrupted run leaves a part of its window
         if stage == "fit":
             use_resumable_loops(self.trainer)
-
-    def loss(self, batch: Batch) -> Loss:
-        """Summed nats and token counts of a batch."""
-        hidden = packed_forward(
-            self.fused_phi,
-            batch.input_ids,
-            batch.position_ids,
-            activation_checkpointing=self.activation_checkpointing,
-        )
-        return causal_lm_loss(hidden, batch.labels, self.fused_phi.lm_head)
+            self.begin_fit()
 
     # Training
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        torch.manual_seed(batch.seed)  # dropout depends on the position alone, so a resumed run draws the same
-        loss = self.loss(batch)
-        self._window.add(loss, batch.locations)
-        return loss.nats * batch.loss_weight
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Check and log the loss and gradient norm of the accumulation window, before the step is taken.
-
-        Raises:
-            NonFiniteError: one of them is not finite.
-        """
-        assert self.phi is not None
-        gradients = [p.grad for p in trainable_parameters(self.phi).values() if p.grad is not None]
-        grad_norm = get_total_norm(gradients).item()
-        step = self.trainer.global_step + 1  # the step about to be taken
-        self._window_loss, num_tokens = self._window.close(self.trainer.strategy, grad_norm=grad_norm, step=step)
-        if step % self.trainer.log_every_n_steps == 0:
-            # Not in on_train_batch_end: a checkpoint may be written first there, without this step's values.
-            values = {
-                "train/loss": self._window_loss,
-                "train/grad_norm": grad_norm,
-                "train/supervised_tokens": num_tokens,
-                "lr": optimizer.param_groups[0]["lr"],
-            }
-            if self.lora_plus_ratio is not None:
-                values["lr_b"] = optimizer.param_groups[1]["lr"]
-            self.log_scalars(values, step)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if 0 < self.trainer.max_steps <= self.trainer.global_step:
-            self.trainer.should_stop = True  # without it, a run that ends by max_steps has no last validation
-        if self._window_loss is not None:  # this batch ends an accumulation window
-            self.log("loss", self._window_loss, prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
-            self._window_loss = None
-
-    def log_scalars(self, values: dict[str, float], step: int | None = None) -> None:
-        """Write values at an optimizer step, by default the current one: every x axis is optimizer steps."""
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=self.trainer.global_step if step is None else step)
 
     def configure_optimizers(self) -> dict[str, Any]:
         assert self.phi is not None
@@ -216,10 +155,10 @@ class LitPhi2(AdapterModule):
     # Evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.eval_sums.add(self.loss(batch))
+        self.eval_sums.add(check_range(self.fused_phi, batch, self.loss(batch)))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.eval_sums.add(self.loss(batch))
+        self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
         self.eval_sums.reset()  # an interrupted evaluation leaves a part of its sums
@@ -262,6 +201,8 @@ class LitPhi2(AdapterModule):
             "environment": describe_environment(self.device),
             "versions": versions(),
         }
+        if self.loss_scale is not None:
+            checkpoint["lit_phi2"]["loss_scale"] = self.loss_scale.state_dict()
         checkpoint["digest"] = tree_digest(checkpoint)  # Lightning calls this hook last, so it covers everything
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -277,6 +218,8 @@ class LitPhi2(AdapterModule):
     def _continue_run(self, checkpoint: dict[str, Any]) -> None:
         data, state = training_data(self.trainer), checkpoint["lit_phi2"]
         check_resumable(state["run"], self.run_fingerprint(), data.batching())
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(state.get("loss_scale", {}), source="ckpt_path")
         if warning := environment_warning(state["environment"], describe_environment(self.target_device())):
             log.warning(warning)
         remap_batch_progress(

@@ -156,6 +156,7 @@ def _first_difference(datamodule: ClaimsDataModule, run_dir: Path, splits: Mappi
             metadata["steps"],
             datamodule.steps_per_epoch(),
             repeats_epoch=bool(datamodule.trainer and datamodule.trainer.overfit_batches > 0),
+            skipped=tuple(metadata.get("skipped", ())),
         )
         write_ledger(new, splits, read_key(run_dir)["salt"], taken)
         with pq.ParquetFile(new) as found:

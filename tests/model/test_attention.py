@@ -71,10 +71,37 @@ def test_attention_dropout_drops_and_keeps_the_mean() -> None:
     assert (samples.mean(0) - plain).abs().max() < 5 * samples.std(0).max() / 3000**0.5
 
 
+@pytest.mark.parametrize("path", ["CPU", "CPU, dropout", "MPS"])
+def test_scores_beyond_float16_are_computed_in_float32(path: str) -> None:
+    """Values and gradients, against float64 of the same numbers.
+
+    The largest score is 100,000 before it is scaled, where float16 ends at 65,504: a product in float16 is infinite.
+    Rotary off, so that queries and keys are not rounded again. A float32 of that size has steps of 0.008.
+    """
+    torch.manual_seed(0)
+    qkv = torch.randn(18, 3, 2, 16).half()
+    qkv[:, :2, :, 0] = 316
+    assert torch.bmm(qkv[None, :, 0, 0], qkv[None, :, 1, 0].transpose(1, 2)).isinf().any()
+    cos, sin = torch.ones(18, 4), torch.zeros(18, 4)
+    qkv_float64 = qkv.double().requires_grad_()
+    expected = packed_attention(qkv_float64, cos.double(), sin.double(), LAYOUT, scaling=0.25)
+    expected_grad = torch.autograd.grad(expected.square().sum(), qkv_float64)[0]
+    qkv = qkv.requires_grad_()
+    layout = PackedLayout(SEGMENTS, attn_mask=block_causal_mask(POSITIONS)) if path == "MPS" else LAYOUT
+    dropout = 1e-9 * (path == "CPU, dropout")  # takes the code path of dropout and drops nothing
+    attn_out = packed_attention(qkv, cos.half(), sin.half(), layout, scaling=0.25, dropout=dropout)
+    torch.testing.assert_close(attn_out.double(), expected, rtol=1e-2, atol=1e-2)
+    gradient = torch.autograd.grad(attn_out.double().square().sum(), qkv)[0]
+    torch.testing.assert_close(gradient.double(), expected_grad, rtol=1e-2, atol=1e-2 * expected_grad.abs().max())
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_attention_on_a_device_equals_the_cpu(device: str, dtype: torch.dtype) -> None:
-    """Values and gradients, against float64 on the CPU; bfloat16 has 8 bits, and a sum of 16 products loses two."""
+    """Values and gradients, against float64 on the CPU; bfloat16 has 8 bits, and a sum of 16 products loses two.
+
+    float16 has 11 bits.
+    """
     torch.manual_seed(0)
     qkv = torch.randn(18, 3, 2, 16, dtype=torch.float64).to(dtype)
     cos, sin = angles(18, 4)
@@ -84,7 +111,7 @@ def test_attention_on_a_device_equals_the_cpu(device: str, dtype: torch.dtype) -
     qkv_device = qkv.to(device).requires_grad_()
     layout = packed_layout(POSITIONS.to(device))
     attn_out = packed_attention(qkv_device, cos.to(device, dtype), sin.to(device, dtype), layout, scaling=0.25)
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(attn_out.cpu().double(), expected, rtol=tolerance, atol=tolerance)
     gradient = torch.autograd.grad(attn_out.sum(), qkv_device)[0]
     torch.testing.assert_close(gradient.cpu().double(), expected_grad, rtol=tolerance, atol=tolerance)

@@ -8,7 +8,7 @@ import torch
 
 from lit_phi2.errors import InputError
 from lit_phi2.model import device
-from lit_phi2.model.device import bf16_speedup, choose_dtype, has_fast_bf16, total_memory
+from lit_phi2.model.device import bf16_speedup, choose_dtype, has_fast_bf16, has_flash_attention, total_memory
 
 CPU = torch.device("cpu")
 MEMORY = 24 * 2**30
@@ -83,17 +83,45 @@ def test_memory_is_the_machines_or_the_containers(
 def test_a_requested_dtype_is_used() -> None:
     assert choose_dtype("float32", CPU, SMALL)[0] == torch.float32
     assert choose_dtype("bfloat16", CPU, SMALL)[0] == torch.bfloat16
+    assert choose_dtype("float16", CPU, SMALL)[0] == torch.float16
 
 
-def test_float16_is_refused_with_the_reason() -> None:
-    with pytest.raises(InputError, match="float16 is refused: Phi-2's attention overflows"):
-        choose_dtype("float16", CPU, SMALL)
+@pytest.mark.parametrize("name", ["fp16", "half", "int8"])
+def test_an_unknown_dtype_is_refused_with_those_that_work(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}' is unknown; expected auto, bfloat16, float16 or float32"):
+        choose_dtype(name, CPU, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ((6, 1), torch.float32),  # Pascal: no tensor cores
+        ((7, 0), torch.float16),  # V100
+        ((7, 5), torch.float16),  # T4
+        ((8, 0), torch.bfloat16),  # A100
+        ((8, 9), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+    ],
+)
+def test_auto_on_cuda_follows_the_compute_capability(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 has tensor cores from sm80 on, float16 from sm70 on; the flash kernel needs sm80 too."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+    cuda = torch.device("cuda")
+    chosen, reason = choose_dtype("auto", cuda, PHI2)
+    assert chosen == dtype
+    assert reason.startswith(f"a card, sm{capability[0]}{capability[1]}, ")
+    assert ("float16" in reason.replace("bfloat16", "")) == (dtype == torch.float16)
+    assert has_flash_attention(cuda) == (capability >= (8, 0))
 
 
 @pytest.mark.cuda
 def test_auto_on_a_recent_cuda_card_is_bfloat16() -> None:
     major, _ = torch.cuda.get_device_capability()
-    assert choose_dtype("auto", torch.device("cuda"), SMALL)[0] == (torch.bfloat16 if major >= 8 else torch.float32)
+    expected = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    assert choose_dtype("auto", torch.device("cuda"), SMALL)[0] == expected
 
 
 @pytest.mark.mps

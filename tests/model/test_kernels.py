@@ -15,14 +15,15 @@ def test_gelu_passes_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(gelu, (x,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gelu_equals_torchs_own(dtype: torch.dtype) -> None:
     """Reference: torch's GELU by tanh in float64, value and slope.
 
     The argument of the sigmoid is in the tens where the value still counts, and so is the rounding error that it
-    carries: 64 units in the last offset of 1.
+    carries: 64 units in the last offset of 1. The cube of 41 is beyond float16.
     """
-    x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-8, 300.0, -300.0])]).to(dtype)
+    ends = torch.tensor([0.0, -0.0, 1e-8, 41.0, -41.0, 300.0, -300.0, 65504.0, -65504.0])
+    x = torch.cat([torch.linspace(-30, 30, 4001), ends]).to(dtype)
     expected_x = x.double().clone().requires_grad_()
     expected = F.gelu(expected_x, approximate="tanh")
     ours_x = x.clone().requires_grad_()

@@ -45,6 +45,23 @@ def test_a_matmul_in_chunks_is_rounded_once(shape: tuple[int, int], dtype: torch
         assert relative_difference(result.double(), rounded_once) < tolerance
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_float16_is_summed_in_float32_for_any_number_of_rows(shape: tuple[int, int], rows: int) -> None:
+    """Reference: float64. Parts of each sum are in the hundred thousands, beyond float16's 65,504; the sums are not."""
+    num_in, num_out = shape
+    x, matrix = torch.full((rows, num_in), 300.0).half(), torch.full(shape, 280.0).half()
+    x[:, 1::2] = -300.0
+    lora_x, lora_b = torch.full((rows, 2), 500.0).half(), torch.tensor([[400.0], [-399.0]]).expand(2, num_out)
+    expected = x.double() @ matrix.double() + 2 * lora_x.double() @ lora_b.double()
+    result = frozen_matmul(x, matrix, lora_x=lora_x, lora_b=lora_b, scale=2.0)
+    assert result.dtype == torch.float16
+    assert torch.equal(result, expected.half())
+    layer = FrozenLinear(num_in, num_out, bias=False, dtype=torch.float16).requires_grad_(False)
+    layer.weight.copy_(matrix.t())
+    assert torch.equal(layer(x), (x.double() @ matrix.double()).half())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [WIDE, TALL])
 def test_a_matmul_in_chunks_passes_gradcheck(shape: tuple[int, int], bias: bool) -> None:

@@ -74,6 +74,23 @@ def test_bfloat16_logits_are_reduced_in_float32() -> None:
     assert loss.nats.item() == pytest.approx(100_000 * torch.log(torch.tensor(8.0)).item(), rel=1e-4)
 
 
+def test_a_loss_scale_beyond_float16_scales_its_gradients() -> None:
+    """Reference: float64. 2^16 is infinite in float16, and a gradient of 1e-5 has a step of 6e-8 there: the product is
+    computed in float32. So is softmax - 1, which is accurate to 1e-7."""
+    torch.manual_seed(0)
+    head = FrozenLinear(8, 40, dtype=torch.float16).requires_grad_(False)
+    hidden = torch.randn(1, 6, 8).half()
+    labels = torch.full((1, 6), 7)
+    head.bias[7] += 13
+    scaled, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    (causal_lm_loss(scaled, labels, head).nats * 2.0**16).backward()
+    logits = exact[0, :-1] @ head.weight.double().t() + head.bias.double()
+    F.cross_entropy(logits, labels[0, 1:], reduction="sum").backward()
+    assert exact.grad is not None
+    assert 1e-6 < exact.grad[0, :-1].abs().median() < 6e-5
+    torch.testing.assert_close(scaled.grad.double() / 2.0**16, exact.grad, rtol=2e-3, atol=1e-7)
+
+
 def test_labels_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="hidden covers"):
         causal_lm_loss(torch.zeros(1, 3, 4), torch.zeros(1, 4, dtype=torch.int64), nn.Linear(4, 8))

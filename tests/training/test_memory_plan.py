@@ -67,7 +67,7 @@ def test_parameters_are_those_of_the_loaded_model(base: BaseModel) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("targets", "lora_dropout"), [(("Wqkv", "fc1", "fc2"), 0.0), (("Wqkv", "dense", "fc1", "fc2"), 0.1)]
 )
@@ -199,7 +199,9 @@ def test_predict_has_the_slots_that_half_of_the_rest_holds() -> None:
     assert plan_predict(PHI2, WORK, 0, 80 * GIB).slots == 64
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_inspect_prints_the_plan(
+    dtype: str,
     tmp_path: Path,
     write_jsonl: Callable[..., Path],
     record_rows: list[dict[str, str]],
@@ -208,11 +210,11 @@ def test_inspect_prints_the_plan(
     """Of the packaged base: 6.8 M parameters of two bytes; every card has them."""
     path = write_jsonl(record_rows)
     arguments = [f"--data.train_files={path}", "--data.val_files=null", "--data.val_fraction=0.3"]
-    arguments += ["--trainer.accelerator=cpu", "--model.dtype=bfloat16"]
+    arguments += ["--trainer.accelerator=cpu", f"--model.dtype={dtype}"]
     assert main(["inspect", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert next(line.split()[1:3] for line in lines if line.startswith("  weights")) == ["14", "MB"]
-    for name in ("this device, cpu", "8 GB card, bfloat16", "80 GB card, bfloat16"):
+    for name in ("this device, cpu", f"8 GB card, {dtype}", f"80 GB card, {dtype}"):
         assert "fit fits; predict fits with " in next(line for line in lines if line.startswith(f"  {name}"))
 
 
