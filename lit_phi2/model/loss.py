@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.model.linear import FrozenLinear, frozen_matmul, matmul_dtype
-from lit_phi2.types import IGNORE_INDEX
+from lit_phi2.types import find_scored
 
 LOGITS_BYTES = 64 * 2**20  # upper bound on the logits in memory at the same time, for any batch
 VOCAB_CHUNK = {"cpu": 4096}  # upper bound on tokens of the vocabulary per chunk, so that its logits fit a cache
@@ -36,13 +36,14 @@ class Loss(NamedTuple):
     num_correct: Tensor
 
 
-def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
+def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module, scored: Tensor | None = None) -> Loss:
     """Summed next-token cross-entropy, and the number of tokens it covers.
 
     Args:
         hidden: (B, T, D), any float dtype.
         labels: (B, T) int64; IGNORE_INDEX where there is no loss (prompt, padding).
         head: (N, D) -> (N, V); applied to supervised positions only. Logits are reduced in float32.
+        scored: (S,) int64, see `types.find_scored`; None finds them, for which a GPU has to finish first.
 
     Returns:
         Sums. Without a supervised token the nats are zero and still connected to the hidden states, so that backward
@@ -51,26 +52,27 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
     Raises:
         ValueError: hidden and labels cover different tokens.
 
-    >>> labels = torch.tensor([[IGNORE_INDEX, 2, 5]])
+    >>> labels = torch.tensor([[-100, 2, 5]])
     >>> loss = causal_lm_loss(torch.zeros(1, 3, 4), labels, nn.Linear(4, 8, bias=False))
     >>> round((loss.nats / loss.num_tokens).item(), 4), loss.num_tokens.item()  # uniform logits: ln 8, two tokens
     (2.0794, 2)
     """
     if hidden.shape[:2] != labels.shape:
         raise ValueError(f"hidden covers {tuple(hidden.shape[:2])} tokens but labels {tuple(labels.shape)}")
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    supervised_hidden, targets = hidden[:, :-1][supervised], targets[supervised]
+    scored = find_scored(labels) if scored is None else scored
+    supervised_hidden = hidden.flatten(0, 1).index_select(0, scored)
+    targets = labels.flatten().index_select(0, scored + 1)
+    num_tokens = targets.new_full((), len(targets))
     if not len(targets):
         zero = torch.zeros((), dtype=torch.int64, device=hidden.device)
         return Loss(nats=hidden.float().sum() * 0.0, num_tokens=zero, num_correct=zero)
     if isinstance(head, FrozenLinear) and not any(parameter.requires_grad for parameter in head.parameters()):
         nats, num_correct = _ChunkedCrossEntropy.apply(supervised_hidden, head, targets)
-        return Loss(nats, supervised.sum(), num_correct)
+        return Loss(nats, num_tokens, num_correct)
     logits = head(supervised_hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = F.cross_entropy(logits, targets, reduction="sum")
-    return Loss(nats, supervised.sum(), (logits.detach().argmax(-1) == targets).sum())
+    return Loss(nats, num_tokens, (logits.detach().argmax(-1) == targets).sum())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -113,7 +113,7 @@ def example_nats(
         owner = _owners(lengths, micro.rows, batch.input_ids.shape)
         is_scored = batch.labels[:, 1:] != IGNORE_INDEX
         values = _token_nats(hidden[:, :-1][is_scored], batch.labels[:, 1:][is_scored], phi)
-        np.add.at(nats, owner[:, 1:][is_scored.cpu()].numpy(), values.double().cpu().numpy())
+        np.add.at(nats, owner[:, 1:][is_scored.cpu()].numpy(), values.cpu().double().numpy())
     phi.train(was_training)
     return nats
 
