@@ -56,16 +56,38 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The tokens of a batch whose next token is supervised.
+
+    Attributes:
+        positions: (S,) int64, their places among the N tokens.
+        targets: (S,) int64, the supervised tokens; IGNORE_INDEX at padding, whose positions are 0.
+        count: of them, without padding.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    count: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Scored":
+        """The same on another device, padded like the batch to the multiple that suits it."""
+        num_added = -self.count % PAD_TO_MULTIPLE_OF.get(device.type, 1) if device.type != "cpu" else 0
+        positions = F.pad(self.positions, (0, num_added))
+        targets = F.pad(self.targets, (0, num_added), value=IGNORE_INDEX)
+        return Scored(*(to_device(x, device, non_blocking) for x in (positions, targets)), self.count)
+
+
+@dataclass(frozen=True, slots=True)
 class BatchLayout:
     """What the sizes of a step's tensors depend on, found on the host: to ask a GPU for it is to wait for the GPU.
 
     Attributes:
         segments: of the examples; they cover the N tokens.
-        scored: (S,) int64, the tokens among the N whose next token is supervised.
+        scored: what the loss is of.
     """
 
     segments: list[Segment]
-    scored: Tensor
+    scored: Scored
 
 
 @dataclass(slots=True)  # not frozen: Lightning refuses frozen dataclasses as batches
@@ -110,7 +132,7 @@ class Batch:
             input_ids=to_device(batch.input_ids, device, non_blocking),
             position_ids=to_device(batch.position_ids, device, non_blocking),
             labels=to_device(batch.labels, device, non_blocking),
-            layout=replace(batch.layout, scored=to_device(batch.layout.scored, device, non_blocking)),
+            layout=replace(batch.layout, scored=batch.layout.scored.to(device, non_blocking)),
         )
 
 
@@ -124,13 +146,14 @@ def find_segments(position_ids: Tensor) -> list[Segment]:
     return list(zip(starts, [*starts[1:], position_ids.numel()], strict=True))
 
 
-def find_scored(labels: Tensor) -> Tensor:
-    """(S,) int64: the tokens among the N whose next token, in the same row, is supervised.
+def find_scored(labels: Tensor) -> Scored:
+    """The tokens among the N whose next token, in the same row, is supervised.
 
     >>> find_scored(torch.tensor([[IGNORE_INDEX, 7, 8], [9, IGNORE_INDEX, 5]]))
-    tensor([0, 1, 4])
+    Scored(positions=tensor([0, 1, 4]), targets=tensor([7, 8, 5]), count=3)
     """
-    return torch.nonzero(F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten()).flatten()
+    positions = torch.nonzero(F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten()).flatten()
+    return Scored(positions, labels.flatten()[positions + 1], len(positions))
 
 
 def to_device(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:

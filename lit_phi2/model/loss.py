@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.model.linear import FrozenLinear, frozen_matmul, matmul_dtype
-from lit_phi2.types import find_scored
+from lit_phi2.types import Scored, find_scored
 
 LOGITS_BYTES = 64 * 2**20  # upper bound on the logits in memory at the same time, for any batch
 VOCAB_CHUNK = {"cpu": 4096}  # upper bound on tokens of the vocabulary per chunk, so that its logits fit a cache
@@ -36,14 +36,14 @@ class Loss(NamedTuple):
     num_correct: Tensor
 
 
-def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module, scored: Tensor | None = None) -> Loss:
+def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module, scored: Scored | None = None) -> Loss:
     """Summed next-token cross-entropy, and the number of tokens it covers.
 
     Args:
         hidden: (B, T, D), any float dtype.
         labels: (B, T) int64; IGNORE_INDEX where there is no loss (prompt, padding).
         head: (N, D) -> (N, V); applied to supervised positions only. Logits are reduced in float32.
-        scored: (S,) int64, see `types.find_scored`; None finds them, for which a GPU has to finish first.
+        scored: of the labels; None finds them, for which a GPU has to finish first.
 
     Returns:
         Sums. Without a supervised token the nats are zero and still connected to the hidden states, so that backward
@@ -60,14 +60,13 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module, scored: Tens
     if hidden.shape[:2] != labels.shape:
         raise ValueError(f"hidden covers {tuple(hidden.shape[:2])} tokens but labels {tuple(labels.shape)}")
     scored = find_scored(labels) if scored is None else scored
-    supervised_hidden = hidden.flatten(0, 1).index_select(0, scored)
-    targets = labels.flatten().index_select(0, scored + 1)
-    num_tokens = targets.new_full((), len(targets))
-    if not len(targets):
+    supervised_hidden, targets = hidden.flatten(0, 1).index_select(0, scored.positions), scored.targets
+    num_tokens = targets.new_full((), scored.count)
+    if not scored.count:
         zero = torch.zeros((), dtype=torch.int64, device=hidden.device)
         return Loss(nats=hidden.float().sum() * 0.0, num_tokens=zero, num_correct=zero)
     if isinstance(head, FrozenLinear) and not any(parameter.requires_grad for parameter in head.parameters()):
-        nats, num_correct = _ChunkedCrossEntropy.apply(supervised_hidden, head, targets)
+        nats, num_correct = _ChunkedCrossEntropy.apply(supervised_hidden, head, targets, scored.count)
         return Loss(nats, num_tokens, num_correct)
     logits = head(supervised_hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -88,23 +87,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: FrozenLinear, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: FrozenLinear, targets: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
         softmax = _OnlineSoftmax(hidden, targets, head.out_features, with_grad=ctx.needs_input_grad[0])
         for start in range(0, head.out_features, softmax.chunk_size):
             chunk = slice(start, start + softmax.chunk_size)
             bias = None if head.bias is None else head.bias[chunk]
             softmax.add_chunk(head.rows(chunk), bias, start)
-        nats = (softmax.max_logit + softmax.sum_exp.log() - softmax.target_logit).sum()
-        ctx.save_for_backward(softmax.grad(head.rows(targets)) if softmax.with_grad else None)
+        nats = softmax.max_logit + softmax.sum_exp.log() - softmax.target_logit
+        grad = softmax.grad(head.rows(targets.clamp(min=0))) if softmax.with_grad else None
+        if count < len(targets):  # the others are padding
+            padding = (targets < 0)[:, None]
+            nats, grad = nats.masked_fill(padding, 0), None if grad is None else grad.masked_fill(padding, 0)
+        nats = nats.sum()
+        ctx.save_for_backward(grad)
         num_correct = softmax.num_correct()
         ctx.mark_non_differentiable(num_correct)
         return nats, num_correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_nats: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_nats: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_nats.to(grad.dtype) if grad is not None else None, None, None
+        return grad * grad_nats.to(grad.dtype) if grad is not None else None, None, None, None
 
 
 class _OnlineSoftmax:
@@ -174,5 +180,5 @@ class _OnlineSoftmax:
     def num_correct(self) -> Tensor:
         """Scalar int64: positions whose target has the largest logit."""
         if self.with_grad:
-            return (self.target_logit == self.max_logit).sum()
+            return ((self.target_logit == self.max_logit).flatten() & (self.targets >= 0)).sum()
         return (self.best_token == self.targets).sum()

@@ -42,7 +42,7 @@ def load(task: Task, *, reuse: LitPhi2 | None = None, **settings: Any) -> Loaded
     module = _module(task, settings) if reuse is None else reuse.to(task.device)
     phi = module.phi
     assert phi is not None
-    module.cpu = lambda: module  # type: ignore[method-assign]  # Lightning moves it there whenever a run ends
+    module.cpu = lambda: module  # Lightning moves it there whenever a run ends
     clock = _Clock(task)
 
     def nats() -> list[float]:

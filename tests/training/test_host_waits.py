@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from helpers import new_module
+from helpers import new_module, relative_difference
 from lit_phi2.data.collate import collate
 from lit_phi2.model import phi2
 from lit_phi2.model.attention import PackedLayout
 from lit_phi2.model.lora import trainable_parameters
 from lit_phi2.model.loss import causal_lm_loss
 from lit_phi2.training.module import LitPhi2
-from lit_phi2.types import IGNORE_INDEX, Batch, Example
+from lit_phi2.types import IGNORE_INDEX, Batch, Example, Scored
 
 EXAMPLES = [Example(str(n), list(range(5 + n, 40 + 7 * n)), 4 + n) for n in range(5)]
 BATCH = collate(EXAMPLES, [(0, 1), (2, 4), (3,)])
@@ -98,6 +98,28 @@ def test_padding_on_the_way_to_a_device_changes_no_loss(phi_dir: Path) -> None:
     assert batch.layout is not None
     assert batch.layout.segments[-1][1] == batch.input_ids.numel()
     assert module.loss(batch).nats.item() == pytest.approx(module.loss(BATCH).nats.item(), rel=1e-6)
+
+
+def test_padding_for_few_shapes_changes_no_loss(phi_dir: Path) -> None:
+    """Supervised positions are padded where a GPU keeps memory for every shape; on the CPU nothing else differs."""
+    for head_is_frozen in (True, False):
+        module, batch = new_module(phi_dir), BATCH.to("cpu")
+        module.fused_phi.lm_head.requires_grad_(not head_is_frozen)
+        assert batch.layout is not None
+        scored = batch.layout.scored
+        positions, targets = F.pad(scored.positions, (0, 37)), F.pad(scored.targets, (0, 37), value=IGNORE_INDEX)
+        padded = replace(batch, layout=replace(batch.layout, scored=Scored(positions, targets, scored.count)))
+        losses, grads = [], []
+        for each in (batch, padded):
+            module.zero_grad()
+            losses.append(module.loss(each))
+            losses[-1].nats.backward()
+            grads.append({name: gradient.clone() for name, gradient in gradients(module).items()})
+        assert losses[1].nats.item() == pytest.approx(losses[0].nats.item(), rel=1e-6)
+        assert losses[1].num_tokens == losses[0].num_tokens == scored.count
+        assert losses[1].num_correct == losses[0].num_correct
+        for name, gradient in grads[0].items():
+            assert relative_difference(grads[1][name], gradient) < 1e-5, name
 
 
 @pytest.mark.cuda
