@@ -1,14 +1,12 @@
 """int8: lit_phi2 with its frozen matrices in 8 bits, beside itself in 16 bits, in alternating rounds."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from gpu_parts.contenders import Arena, Contender
-from gpu_parts.machine import compute_dtype
+from gpu_parts.machine import compute_dtype, has_int8
 from gpu_parts.settings import Settings
 from gpu_parts.training import measure_lengths
-from lit_phi2.training.module import LitPhi2
 from peers.registry import PEERS
 
 LOSS_TOLERANCE = 0.05  # of the loss before training
@@ -20,7 +18,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     Raises:
         SystemExit: their losses before training differ too much.
     """
-    if "quantization" not in inspect.signature(LitPhi2.__init__).parameters:
+    if not has_int8():
         yield {"not_there": "model.quantization is not a key of this version"}
         return
     dtype = compute_dtype(settings)
