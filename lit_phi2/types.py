@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 IGNORE_INDEX = -100  # the index that torch's cross_entropy skips by default
 # Rows are padded to a multiple of this many tokens, so that few shapes occur: MPS keeps memory for each new shape, and
@@ -21,6 +22,7 @@ IGNORE_INDEX = -100  # the index that torch's cross_entropy skips by default
 PAD_TO_MULTIPLE_OF = {"mps": 128, "cpu": 32}
 
 Row = tuple[int, ...]
+Segment = tuple[int, int]  # first token of an example and the token after its last, among the N = B T tokens of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,41 @@ class Example:
         return len(self.ids) - self.prompt_length
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The tokens of a batch whose next token is supervised.
+
+    Attributes:
+        positions: (S,) int64, their places among the N tokens.
+        targets: (S,) int64, the supervised tokens; IGNORE_INDEX at padding, whose positions are 0.
+        count: of them, without padding.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    count: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Scored":
+        """The same on another device, padded like the batch to the multiple that suits it."""
+        num_added = -self.count % PAD_TO_MULTIPLE_OF.get(device.type, 1) if device.type != "cpu" else 0
+        positions = F.pad(self.positions, (0, num_added))
+        targets = F.pad(self.targets, (0, num_added), value=IGNORE_INDEX)
+        return Scored(*(to_device(x, device, non_blocking) for x in (positions, targets)), self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """What the sizes of a step's tensors depend on, found on the host: to ask a GPU for it is to wait for the GPU.
+
+    Attributes:
+        segments: of the examples; they cover the N tokens.
+        scored: what the loss is of.
+    """
+
+    segments: list[Segment]
+    scored: Scored
+
+
 @dataclass(slots=True)  # not frozen: Lightning refuses frozen dataclasses as batches
 class Batch:
     """Rows of examples as tensors.
@@ -67,6 +104,7 @@ class Batch:
         loss_weight: factor of the summed nats, so that every supervised token of an optimizer step weighs the same.
         seed: of the dropout in this micro-batch.
         locations: of the records, to name them in an error; their ids may be private.
+        layout: of the tokens; None finds it in position_ids and labels.
     """
 
     input_ids: Tensor
@@ -78,16 +116,51 @@ class Batch:
     loss_weight: float = 1.0
     seed: int = 0
     locations: list[str] = field(default_factory=list)
+    layout: BatchLayout | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is None:
+            self.layout = BatchLayout(find_segments(self.position_ids), find_scored(self.labels))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device, padded to the multiple that suits it; Lightning calls this."""
-        batch = pad_to_multiple(self, PAD_TO_MULTIPLE_OF.get(torch.device(device).type, 1))
+        device = torch.device(device)
+        batch = pad_to_multiple(self, PAD_TO_MULTIPLE_OF.get(device.type, 1))
+        assert batch.layout is not None
         return replace(
             batch,
-            input_ids=batch.input_ids.to(device, non_blocking=non_blocking),
-            position_ids=batch.position_ids.to(device, non_blocking=non_blocking),
-            labels=batch.labels.to(device, non_blocking=non_blocking),
+            input_ids=to_device(batch.input_ids, device, non_blocking),
+            position_ids=to_device(batch.position_ids, device, non_blocking),
+            labels=to_device(batch.labels, device, non_blocking),
+            layout=replace(batch.layout, scored=batch.layout.scored.to(device, non_blocking)),
         )
+
+
+def find_segments(position_ids: Tensor) -> list[Segment]:
+    """The examples of a batch, of which each begins at position 0.
+
+    >>> find_segments(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]))
+    [(0, 3), (3, 5), (5, 7), (7, 8), (8, 9), (9, 10)]
+    """
+    starts = torch.nonzero(position_ids.flatten() == 0).flatten().tolist()
+    return list(zip(starts, [*starts[1:], position_ids.numel()], strict=True))
+
+
+def find_scored(labels: Tensor) -> Scored:
+    """The tokens among the N whose next token, in the same row, is supervised.
+
+    >>> find_scored(torch.tensor([[IGNORE_INDEX, 7, 8], [9, IGNORE_INDEX, 5]]))
+    Scored(positions=tensor([0, 1, 4]), targets=tensor([7, 8, 5]), count=3)
+    """
+    positions = torch.nonzero(F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten()).flatten()
+    return Scored(positions, labels.flatten()[positions + 1], len(positions))
+
+
+def to_device(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+    """A copy on the device; for CUDA from pinned memory, because the host waits for a copy from other memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=non_blocking)
 
 
 def pad_to_multiple(batch: Batch, multiple: int) -> Batch:
@@ -99,6 +172,7 @@ def pad_to_multiple(batch: Batch, multiple: int) -> Batch:
         input_ids=torch.cat([batch.input_ids, batch.input_ids.new_zeros(num_rows, num_added)], 1),
         position_ids=torch.cat([batch.position_ids, torch.arange(num_added).expand(num_rows, num_added)], 1),
         labels=torch.cat([batch.labels, batch.labels.new_full((num_rows, num_added), IGNORE_INDEX)], 1),
+        layout=batch.layout if not num_added else None,
     )
 
 

@@ -5,15 +5,19 @@
         [--only NAME ...]                                   of all packages or of these
     scripts/gpu_check --find-links DIR                      on the GPU's machine: install them, then measure
     scripts/gpu_check                                       where everything is installed already
+    scripts/gpu_check --device mps                          the same on a Mac
     scripts/gpu_check --tiny --device cpu                   every part in a small size: the test of this program
 
-    machine      card, versions                             tests       pytest -m cuda
-    base         a random Phi-2 of 32 layers on disk        training    lit_phi2 and HF Trainer, alternating
-    prediction   lit_phi2 and transformers, alternating     resume      an interrupted run, bit for bit
+    machine      card, versions                             float16      float16 beside the dtype of auto
+    base         a random Phi-2 of 32 layers on disk        prediction   lit_phi2 and transformers, alternating
+    training     lit_phi2, HF Trainer, LitGPT, a profile    processes    two with gloo, one with NCCL, on one card
+    int8         8 bits beside 16                           resume       an interrupted run, bit for bit
+    tests        pytest -m cuda
 
-Each part is a process with a time limit of its own. Its measurements are written to --output as they are made, so a run
-that is cut off keeps them. A part that fails or exceeds its limit is recorded as such and the next one starts; the exit
-code is 1 then. The limits of all parts together are below 8 minutes.
+Each part is a process with a time limit of its own, and what does not fit into --minutes is left out from the end. The
+measurements of a part are written to --output as they are made, so a run that is cut off keeps them. A part that fails
+or exceeds its limit is recorded as such and the next one starts; the exit code is 1 then. The last thing on standard
+output is a table in Markdown.
 
 Only the standard library is imported here: a bare machine has no other packages.
 """
@@ -33,19 +37,24 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts import environment
-from gpu_parts.settings import PARTS, Settings, new_settings, parse_limits
+from gpu_parts.report import markdown
+from gpu_parts.settings import MINUTES, PARTS, Settings, new_settings, parse_limits
+from gpu_parts.workers import part_environment, worker_command
 from measurement import git_commit, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG_LINES = 15  # of a failed part, in the report
+MIN_SECONDS = 8.0  # a part that has less left is not started: its imports take as long
+WORKERS = (*PARTS, "rank")
 
 Report = dict[str, Any]  # JSON values
+BEGAN = time.monotonic()
 
 
 def main() -> int:
     args = parse_arguments()
     if args.worker:
-        run_worker(args.worker, Settings(**json.loads(args.settings)), args.output)
+        run_worker(args.worker, Settings.from_dict(json.loads(args.settings)), args.output)
         return 0
     if args.wheels:
         environment.collect_wheels(args.wheels, names=args.only, python_version=args.python_version)
@@ -64,8 +73,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, about a minute on a CPU")
-    parser.add_argument("--rows", type=int, help="rows in a micro-batch; fewer for a card with little memory")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, a minute or two on a CPU")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS", help="may be repeated")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_check.json")
@@ -79,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="with --wheels: these packages only")
     parser.add_argument("--python-version", help="with --wheels: of the GPU's machine (x86-64 Linux), such as 3.12")
     parser.add_argument("--missing", action="store_true", help="print the packages that are missing here, and stop")
-    parser.add_argument("--worker", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cpu" and not args.tiny:
@@ -89,9 +98,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--parts: {', '.join(unknown)} unknown; expected names from {', '.join(PARTS)}")
     try:
         args.limits = parse_limits(args.limit)
-        args.sizes = new_settings(tiny=args.tiny, device=args.device, work_dir=args.work_dir, rows=args.rows)
     except ValueError as error:
         parser.error(str(error))
+    args.sizes = new_settings(tiny=args.tiny, device=args.device, work_dir=args.work_dir)
     return args
 
 
@@ -109,14 +118,20 @@ def check(args: argparse.Namespace, python: str) -> bool:
         "parts": {},
     }
     for name in args.parts:
-        report["parts"][name] = run_part(name, settings, python, args.limits[name])
+        seconds_left = 60 * args.minutes - (time.monotonic() - BEGAN)
+        if seconds_left < MIN_SECONDS:
+            report["parts"][name] = {"status": "not run", "seconds": 0.0, "summary": "--minutes are over"}
+        else:
+            report["parts"][name] = run_part(name, settings, python, min(args.limits[name], seconds_left))
         report["seconds"] = round(time.monotonic() - began, 1)
         write_json(args.output, report)
         print(format_part(name, report["parts"][name]), flush=True)
     shutil.rmtree(settings.base_dir, ignore_errors=True)  # gigabytes
-    report["passed"] = all(part["status"] == "passed" for part in report["parts"].values())
+    shutil.rmtree(settings.work_path / "litgpt", ignore_errors=True)
+    report["passed"] = all(part["status"] in ("passed", "not there") for part in report["parts"].values())
     write_json(args.output, report)
     print(f"{'passed' if report['passed'] else 'FAILED'} in {report['seconds']:.0f} s: {args.output}")
+    print("\n" + markdown(report), flush=True)
     return bool(report["passed"])
 
 
@@ -124,12 +139,15 @@ def run_part(name: str, settings: Settings, python: str, limit: float) -> Report
     """Run a part in a process of its own; what it has measured is kept however it ends."""
     result_file, log_file = (settings.work_path / f"{name}.{ending}" for ending in ("json", "log"))
     result_file.unlink(missing_ok=True)
-    command = [python, __file__, "--worker", name, "--settings", json.dumps(settings.to_dict())]
-    command += ["--output", str(result_file)] + ["--tiny"] * settings.tiny + ["--device", settings.device]
     began = time.monotonic()
     with log_file.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=part_environment(settings), cwd=ROOT, start_new_session=True
+            worker_command(name, settings, python, result_file),
+            stdout=log,
+            stderr=log,
+            env=part_environment(settings),
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             status = "failed" if process.wait(limit) else "passed"
@@ -137,11 +155,13 @@ def run_part(name: str, settings: Settings, python: str, limit: float) -> Report
             status = "timed out"
         finally:
             stop_group(process)
-    part: Report = {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": limit}
+    part: Report = {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(limit, 1)}
     if status != "passed":
         part["log"] = log_file.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:]
     if result_file.is_file():
         part |= json.loads(result_file.read_text("utf-8"))
+    if "not_there" in part:
+        part |= {"status": "not there", "summary": part["not_there"]}
     return part
 
 
@@ -151,15 +171,6 @@ def run_worker(name: str, settings: Settings, result_file: Path) -> None:
     for update in importlib.import_module(f"gpu_parts.{name}").measure(settings):
         measured |= update
         write_json(result_file, measured)
-
-
-def part_environment(settings: Settings) -> dict[str, str]:
-    """Environment variables of a part: our code, no network, one GPU."""
-    paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    variables |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    return variables | {"CUDA_VISIBLE_DEVICES": devices.split(",")[0] if settings.device == "cuda" else ""}
 
 
 def stop_group(process: "subprocess.Popen[bytes]") -> None:

@@ -90,15 +90,22 @@ def _finish(function: Callable[..., int], *args: object) -> None:
 
 
 def run_script_main(name: str, arguments: list[str]) -> int:
-    """The exit code of a program in scripts/; programs that it starts are forked."""
+    """The exit code of a program in scripts/; programs that it or a part of the GPU check starts are forked."""
     import torch
 
     torch.set_num_threads(1)
     sys.argv = [name, *arguments]
     module = importlib.import_module(name)
+    fork_programs_of(module)
+    if "processes" in arguments:
+        fork_programs_of(importlib.import_module("gpu_parts.processes"))
+    return int(module.main() or 0)
+
+
+def fork_programs_of(module: Any) -> None:
+    """Let a module fork the programs in scripts/ that it would start."""
     if hasattr(module, "subprocess"):
         module.subprocess = SimpleNamespace(Popen=ForkedScript, TimeoutExpired=subprocess.TimeoutExpired)
-    return int(module.main() or 0)
 
 
 class ForkedScript:

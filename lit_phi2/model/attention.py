@@ -24,8 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from lit_phi2.model.device import has_flash_attention
 from lit_phi2.model.linear import matmul_dtype
+from lit_phi2.types import Segment, find_segments, to_device
 
-Segment = tuple[int, int]  # first token of an example and the token after its last, among the N tokens
 QUERY_BLOCK = 256  # queries whose scores are in memory at the same time: memory stays linear in the length
 
 
@@ -44,21 +44,20 @@ class PackedLayout:
     attn_mask: Tensor | None = None
 
 
-def packed_layout(position_ids: Tensor) -> PackedLayout:
-    """Find the examples of a batch.
+def packed_layout(position_ids: Tensor, segments: list[Segment] | None = None) -> PackedLayout:
+    """Lay out the examples of a batch for the attention of its device.
 
     Args:
         position_ids: (B, T), 0 where an example begins.
+        segments: of the examples; None finds them, for which a GPU has to finish first.
 
     >>> packed_layout(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]])).segments
     [(0, 3), (3, 5), (5, 7), (7, 8), (8, 9), (9, 10)]
     """
-    flat = position_ids.flatten()
-    starts = torch.nonzero(flat == 0).flatten().tolist()
-    segments = list(zip(starts, [*starts[1:], len(flat)], strict=True))
+    segments = find_segments(position_ids) if segments is None else segments
     if position_ids.device.type == "cuda" and has_flash_attention(position_ids.device):
-        cu_seqlens = [0, *(end for _, end in segments)]
-        return PackedLayout(segments, torch.tensor(cu_seqlens, dtype=torch.int32, device=position_ids.device))
+        cu_seqlens = torch.tensor([0, *(end for _, end in segments)], dtype=torch.int32)
+        return PackedLayout(segments, to_device(cu_seqlens, position_ids.device))
     if position_ids.device.type == "mps":
         return PackedLayout(segments, attn_mask=block_causal_mask(position_ids))
     return PackedLayout(segments)

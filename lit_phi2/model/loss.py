@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.model.linear import FrozenLinear, matmul_dtype
-from lit_phi2.types import IGNORE_INDEX
+from lit_phi2.types import Scored, find_scored
 
 LOGITS_BYTES = 64 * 2**20  # upper bound on the logits in memory at the same time, for any batch
 VOCAB_CHUNK = {"cpu": 4096}  # upper bound on tokens of the vocabulary per chunk, so that its logits fit a cache
@@ -36,13 +36,14 @@ class Loss(NamedTuple):
     num_correct: Tensor
 
 
-def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
+def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module, scored: Scored | None = None) -> Loss:
     """Summed next-token cross-entropy, and the number of tokens it covers.
 
     Args:
         hidden: (B, T, D), any float dtype.
         labels: (B, T) int64; IGNORE_INDEX where there is no loss (prompt, padding).
         head: (N, D) -> (N, V); applied to supervised positions only. Logits are reduced in float32.
+        scored: of the labels; None finds them, for which a GPU has to finish first.
 
     Returns:
         Sums. Without a supervised token the nats are zero and still connected to the hidden states, so that backward
@@ -51,26 +52,26 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Loss:
     Raises:
         ValueError: hidden and labels cover different tokens.
 
-    >>> labels = torch.tensor([[IGNORE_INDEX, 2, 5]])
+    >>> labels = torch.tensor([[-100, 2, 5]])
     >>> loss = causal_lm_loss(torch.zeros(1, 3, 4), labels, nn.Linear(4, 8, bias=False))
     >>> round((loss.nats / loss.num_tokens).item(), 4), loss.num_tokens.item()  # uniform logits: ln 8, two tokens
     (2.0794, 2)
     """
     if hidden.shape[:2] != labels.shape:
         raise ValueError(f"hidden covers {tuple(hidden.shape[:2])} tokens but labels {tuple(labels.shape)}")
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    supervised_hidden, targets = hidden[:, :-1][supervised], targets[supervised]
-    if not len(targets):
+    scored = find_scored(labels) if scored is None else scored
+    supervised_hidden, targets = hidden.flatten(0, 1).index_select(0, scored.positions), scored.targets
+    num_tokens = targets.new_full((), scored.count)
+    if not scored.count:
         zero = torch.zeros((), dtype=torch.int64, device=hidden.device)
         return Loss(nats=hidden.float().sum() * 0.0, num_tokens=zero, num_correct=zero)
     if isinstance(head, FrozenLinear) and not any(parameter.requires_grad for parameter in head.parameters()):
-        nats, num_correct = _ChunkedCrossEntropy.apply(supervised_hidden, head, targets)
-        return Loss(nats, supervised.sum(), num_correct)
+        nats, num_correct = _ChunkedCrossEntropy.apply(supervised_hidden, head, targets, scored.count)
+        return Loss(nats, num_tokens, num_correct)
     logits = head(supervised_hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = F.cross_entropy(logits, targets, reduction="sum")
-    return Loss(nats, supervised.sum(), (logits.detach().argmax(-1) == targets).sum())
+    return Loss(nats, num_tokens, (logits.detach().argmax(-1) == targets).sum())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -86,14 +87,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: FrozenLinear, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: FrozenLinear, targets: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
         softmax = _OnlineSoftmax(hidden, targets, head.out_features, with_grad=ctx.needs_input_grad[0])
         for start in range(0, head.out_features, softmax.chunk_size):
             chunk = slice(start, start + softmax.chunk_size)
             bias = None if head.bias is None else head.bias[chunk]
             softmax.add_chunk(head, chunk, bias)
-        nats = (softmax.max_logit + softmax.sum_exp.log() - softmax.target_logit).sum()
-        ctx.save_for_backward(softmax.grad(head.rows(targets)) if softmax.with_grad else None)
+        nats = softmax.max_logit + softmax.sum_exp.log() - softmax.target_logit
+        grad = softmax.grad(head.rows(targets.clamp(min=0))) if softmax.with_grad else None
+        if count < len(targets):  # the others are padding
+            padding = (targets < 0)[:, None]
+            nats, grad = nats.masked_fill(padding, 0), None if grad is None else grad.masked_fill(padding, 0)
+        nats = nats.sum()
+        ctx.save_for_backward(grad)
         ctx.dtype = hidden.dtype
         num_correct = softmax.num_correct()
         ctx.mark_non_differentiable(num_correct)
@@ -101,9 +109,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_nats: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_nats: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * grad_nats.to(grad.dtype)).to(ctx.dtype) if grad is not None else None, None, None
+        return (grad * grad_nats.to(grad.dtype)).to(ctx.dtype) if grad is not None else None, None, None, None
 
 
 class _OnlineSoftmax:
@@ -176,5 +184,5 @@ class _OnlineSoftmax:
     def num_correct(self) -> Tensor:
         """Scalar int64: positions whose target has the largest logit."""
         if self.with_grad:
-            return (self.target_logit == self.max_logit).sum()
+            return ((self.target_logit == self.max_logit).flatten() & (self.targets >= 0)).sum()
         return (self.best_token == self.targets).sum()

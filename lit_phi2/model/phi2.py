@@ -28,6 +28,7 @@ from lit_phi2.errors import InputError
 from lit_phi2.model.attention import apply_rotary_emb, packed_attention, packed_layout
 from lit_phi2.model.kernels import dropout_add_residual, gelu
 from lit_phi2.model.linear import FrozenLinear
+from lit_phi2.types import Segment
 
 
 class FusedPhiForCausalLM(PhiForCausalLM):
@@ -79,7 +80,12 @@ class Gelu(nn.Module):
 
 
 def packed_forward(
-    model: FusedPhiForCausalLM, input_ids: Tensor, position_ids: Tensor, *, activation_checkpointing: bool = False
+    model: FusedPhiForCausalLM,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    *,
+    segments: list[Segment] | None = None,
+    activation_checkpointing: bool = False,
 ) -> Tensor:
     """(B, T, D): the input of the output layer, with the examples of every row kept apart.
 
@@ -87,10 +93,11 @@ def packed_forward(
         model: with or without adapters in its layers.
         input_ids: (B, T).
         position_ids: (B, T), restarting at 0 where an example begins.
+        segments: of the examples; None finds them in position_ids.
         activation_checkpointing: save the input of each block only, and recompute the block in backward.
     """
     phi = model.model
-    layout = packed_layout(position_ids)
+    layout = packed_layout(position_ids, segments)
     hidden = phi.embed_dropout(phi.embed_tokens(input_ids.flatten()))
     cos, sin = phi.rotary_emb(hidden, position_ids.flatten()[None])
     half = cos.shape[-1] // 2  # transformers repeats each angle

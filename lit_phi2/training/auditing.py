@@ -25,7 +25,7 @@ from lit_phi2.data.splits import Split
 from lit_phi2.errors import InputError, NonFiniteError
 from lit_phi2.model.phi2 import FusedPhiForCausalLM, packed_forward
 from lit_phi2.training.module import LitPhi2
-from lit_phi2.types import IGNORE_INDEX, Example, Row
+from lit_phi2.types import Example, Row
 from lit_phi2.utils.console import print_text
 from lit_phi2.utils.files import atomic_write
 
@@ -112,11 +112,13 @@ def example_nats(
     device = next(phi.parameters()).device
     for micro in evaluation_schedule(lengths, batching):
         batch = collate(examples, micro.rows).to(device)
-        hidden = packed_forward(phi, batch.input_ids, batch.position_ids)
-        owner = _owners(lengths, micro.rows, batch.input_ids.shape)
-        is_scored = batch.labels[:, 1:] != IGNORE_INDEX
-        values = _token_nats(hidden[:, :-1][is_scored], batch.labels[:, 1:][is_scored], phi)
-        np.add.at(nats, owner[:, 1:][is_scored.cpu()].numpy(), values.double().cpu().numpy())
+        assert batch.layout is not None
+        scored = batch.layout.scored
+        hidden = packed_forward(phi, batch.input_ids, batch.position_ids, segments=batch.layout.segments)
+        owner = _owners(lengths, micro.rows, batch.input_ids.shape).flatten()
+        values = _token_nats(hidden.flatten(0, 1)[scored.positions], scored.targets.clamp(min=0), phi)
+        owners = owner[scored.positions.cpu() + 1][: scored.count].numpy()
+        np.add.at(nats, owners, values.cpu().double().numpy()[: scored.count])  # a Mac's GPU has no float64
     phi.train(was_training)
     if not np.isfinite(nats).all():
         location = examples[int(np.flatnonzero(~np.isfinite(nats))[0])].location

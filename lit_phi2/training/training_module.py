@@ -47,13 +47,15 @@ class TrainingModule(AdapterModule):
 
     def loss(self, batch: Batch) -> Loss:
         """Summed nats and token counts of a batch."""
+        assert batch.layout is not None
         hidden = packed_forward(
             self.fused_phi,
             batch.input_ids,
             batch.position_ids,
+            segments=batch.layout.segments,
             activation_checkpointing=self.activation_checkpointing,
         )
-        return causal_lm_loss(hidden, batch.labels, self.fused_phi.lm_head)
+        return causal_lm_loss(hidden, batch.labels, self.fused_phi.lm_head, batch.layout.scored)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         torch.manual_seed(batch.seed)  # dropout depends on the position alone, so a resumed run draws the same
@@ -108,7 +110,8 @@ class TrainingModule(AdapterModule):
         if 0 < self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True  # without it, a run that ends by max_steps has no last validation
         if self._window_loss is not None:  # this batch ends an accumulation window
-            self.log("loss", self._window_loss, prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
+            loss = torch.tensor(self._window_loss)  # on the CPU: Lightning would copy a float to the GPU, and back
+            self.log("loss", loss, prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
             self._window_loss = None
 
     def log_scalars(self, values: dict[str, float], step: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """Machine: the card and the versions that everything else ran on."""
 
+import inspect
 import os
 import platform
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 
 from gpu_parts.settings import Settings
-from lit_phi2.model.device import choose_dtype
+from lit_phi2.errors import InputError
+from lit_phi2.model.device import check_dtype, choose_dtype
+from lit_phi2.training.module import LitPhi2
 from measurement import cpu_name
 
 PHI2_PARAMETERS = 2_779_683_840  # whatever settings.layers is: it decides the dtype on a CPU alone
@@ -38,6 +41,20 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 def compute_dtype(settings: Settings) -> str:
     """The dtype that the settings choose on their device, as model.dtype takes it."""
     return str(choose_dtype(settings.dtype, torch.device(settings.device), PHI2_PARAMETERS)[0]).removeprefix("torch.")
+
+
+def has_float16() -> bool:
+    """Whether this version of lit_phi2 accepts model.dtype float16."""
+    try:
+        check_dtype("float16")
+    except InputError:
+        return False
+    return True
+
+
+def has_int8() -> bool:
+    """Whether this version of lit_phi2 has the key model.quantization."""
+    return "quantization" in inspect.signature(LitPhi2.__init__).parameters
 
 
 def device_name(device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """Resume: a run that is interrupted and resumed must end with the weights of a run that is not, bit for bit.
 
     fit to the end                                        -> weights
-    fit, interrupted in its second epoch; fit last.ckpt   -> the same weights, in float32 and in bfloat16
+    fit, interrupted in its second epoch; fit last.ckpt   -> the same weights, in every dtype
 
 Every dropout is on. A device that sums in a different order each time differs between two uninterrupted runs too; if
 the resumed run differs, a second uninterrupted run shows whether this is the reason.
@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from gpu_parts.machine import compute_dtype, has_float16, has_int8
 from gpu_parts.settings import Settings
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.model.device import has_fast_bf16
@@ -43,48 +44,63 @@ class InterruptAt(Callback):
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Compare both dtypes.
+    """Compare all dtypes.
 
     Raises:
         SystemExit: the resumed run differs.
     """
-    results = {}
-    for dtype in ("float32", "bfloat16"):
-        if settings.device == "mps" and not has_fast_bf16(torch.device("mps"))[0] and dtype == "bfloat16":
-            continue  # refused by model.dtype
-        results[dtype] = compare(settings, dtype)
-        verdicts = {name: "equal" if result["equal"] else "DIFFERENT" for name, result in results.items()}
+    results: dict[str, Any] = {}
+    verdicts: dict[str, str] = {}
+    for name, module_settings in variants(settings).items():
+        results[name] = compare(settings, name, module_settings)
+        verdicts[name] = "equal" if results[name]["equal"] else "DIFFERENT"
         yield {**results, "summary": ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items())}
     if not all(result["equal"] for result in results.values()):
         raise SystemExit(f"the resumed run is not the uninterrupted one: {verdicts}")
 
 
-def compare(settings: Settings, dtype: str) -> dict[str, Any]:
-    folder = settings.work_path / "resume" / dtype
+def variants(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Settings of the module, by a name for the table: every dtype that this version and the device have."""
+    chosen: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32"}}
+    if settings.device != "mps" or has_fast_bf16(torch.device("mps"))[0]:
+        chosen["bfloat16"] = {"dtype": "bfloat16"}
+    if has_float16():
+        chosen["float16"] = {"dtype": "float16"}
+    if has_int8():
+        chosen["int8"] = {"dtype": compute_dtype(settings), "quantization": "int8"}
+    return chosen
+
+
+def compare(settings: Settings, name: str, module_settings: dict[str, Any]) -> dict[str, Any]:
+    folder = settings.work_path / "resume" / name
     shutil.rmtree(folder, ignore_errors=True)
-    whole, steps = fit(settings, dtype, folder / "whole")
+    whole, steps = fit(settings, module_settings, folder / "whole")
     interrupt_at = steps // EPOCHS + 1  # inside the second epoch
     try:
-        fit(settings, dtype, folder / "interrupted", InterruptAt(interrupt_at))
+        fit(settings, module_settings, folder / "interrupted", InterruptAt(interrupt_at))
     except Interruption:
         pass
     else:
         raise SystemExit(f"the run of {steps} steps was not interrupted at step {interrupt_at}")
     (last,) = (folder / "interrupted").glob("*/version_0/checkpoints/last.ckpt")
-    resumed, _ = fit(settings, dtype, folder / "interrupted", ckpt_path=str(last))
+    resumed, _ = fit(settings, module_settings, folder / "interrupted", ckpt_path=str(last))
     result: dict[str, Any] = {"steps": steps, "interrupted_at": interrupt_at, "equal": equal(resumed, whole)}
     if not result["equal"]:
         result["largest_difference"] = max((resumed[name] - whole[name]).abs().max().item() for name in whole)
-        result["uninterrupted_runs_equal"] = equal(fit(settings, dtype, folder / "again")[0], whole)
+        result["uninterrupted_runs_equal"] = equal(fit(settings, module_settings, folder / "again")[0], whole)
     return result
 
 
 def fit(
-    settings: Settings, dtype: str, folder: Path, *callbacks: Callback, ckpt_path: str | None = None
+    settings: Settings,
+    module_settings: dict[str, Any],
+    folder: Path,
+    *callbacks: Callback,
+    ckpt_path: str | None = None,
 ) -> tuple[Weights, int]:
     """A run of two epochs; its weights and its number of optimizer steps."""
     base = str(settings.base_dir) if settings.tiny else "tiny"
-    module = LitPhi2(base=base, lora_r=4, lora_alpha=8, lora_dropout=0.1, dtype=dtype, max_new_tokens=4)
+    module = LitPhi2(base=base, lora_r=4, lora_alpha=8, lora_dropout=0.1, max_new_tokens=4, **module_settings)
     data = ClaimsDataModule(
         train_files="claims:train[:12]", val_files="claims:validation[:2]", max_length=1024, base=base, max_new_tokens=4
     )

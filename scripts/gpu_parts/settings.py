@@ -1,4 +1,4 @@
-"""Settings: the sizes of every part, for the true size and for the tiny one.
+"""Settings: the sizes of every part, for a GPU, for a Mac and for a try on a CPU.
 
 The standard library only: the driver on a bare machine reads them too.
 """
@@ -8,8 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Part -> seconds that it may take: 420 together, which leaves 60 of 8 minutes to install wheels.
-PARTS = {"machine": 20.0, "tests": 90.0, "base": 40.0, "training": 140.0, "prediction": 75.0, "resume": 55.0}
+# Part -> seconds that it may take, the most valuable first: what does not fit into --minutes is left out at the end.
+PARTS = {
+    "machine": 25.0,
+    "base": 50.0,
+    "training": 210.0,
+    "int8": 70.0,
+    "tests": 90.0,
+    "float16": 60.0,
+    "prediction": 75.0,
+    "processes": 60.0,
+    "resume": 60.0,
+}
+MINUTES = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +32,15 @@ class Settings:
         tiny: small sizes, to test the program; the numbers have no meaning.
         work_dir: for logs, results and the base.
         dtype: of the base, as model.dtype.
-        layers: of the base.
-        rows: of 512 tokens in a micro-batch, of either peer.
-        records_per_step: records of 512 tokens in an optimizer step.
-        num_records: in an epoch, which is one timed round.
+        layers: of the base; fewer where the device has too little memory.
+        lengths: of the rows that are trained, in tokens.
+        batch_tokens: of the micro-batches that are tried; the fastest is measured.
+        step_tokens: of an optimizer step.
+        epoch_tokens: of an epoch, which is one timed round.
         num_prompts: to generate from, of the packaged test records.
         max_new_tokens: of each completion.
-        rounds: timed rounds, after an untimed one.
+        rounds: timed rounds, after the untimed ones.
+        matmul_seconds: for each of the matmuls that give the device's rate.
     """
 
     device: str
@@ -35,12 +48,20 @@ class Settings:
     work_dir: str
     dtype: str
     layers: int
-    rows: int
-    records_per_step: int
-    num_records: int
+    lengths: tuple[int, ...]
+    batch_tokens: tuple[int, ...]
+    step_tokens: int
+    epoch_tokens: int
     num_prompts: int
     max_new_tokens: int
     rounds: int
+    matmul_seconds: float
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Settings":
+        """From JSON, which has no tuples."""
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**fields)
 
     @property
     def work_path(self) -> Path:
@@ -54,42 +75,49 @@ class Settings:
         return asdict(self)
 
 
-def new_settings(*, tiny: bool, device: str, work_dir: Path, rows: int | None = None) -> Settings:
-    """The settings of a size.
+GPU: dict[str, Any] = {
+    "dtype": "auto",
+    "layers": 32,
+    "lengths": (512, 2048),
+    "batch_tokens": (8192, 16384, 32768),
+    "step_tokens": 32768,
+    "epoch_tokens": 65536,
+    "num_prompts": 32,
+    "max_new_tokens": 64,
+    "rounds": 2,
+    "matmul_seconds": 0.2,
+}
+# A tenth to a hundredth of a server's GPU.
+MAC = GPU | {
+    "lengths": (512,),
+    "batch_tokens": (512, 1024),
+    "step_tokens": 1024,
+    "epoch_tokens": 2048,
+    "num_prompts": 8,
+    "max_new_tokens": 32,
+}
+TINY = GPU | {
+    "dtype": "float32",
+    "layers": 2,
+    "lengths": (32, 64),
+    "batch_tokens": (64, 128),
+    "step_tokens": 128,
+    "epoch_tokens": 256,
+    "num_prompts": 4,
+    "max_new_tokens": 8,
+    "matmul_seconds": 0.01,
+}
+
+
+def new_settings(*, tiny: bool, device: str, work_dir: Path) -> Settings:
+    """The settings of a device.
 
     Args:
-        tiny: the small one.
+        tiny: small sizes.
         device: cuda, mps or cpu.
         work_dir: for logs, results and the base.
-        rows: in a micro-batch, for a card with little memory.
-
-    Raises:
-        ValueError: rows does not divide an optimizer step.
     """
-    sizes: dict[str, Any] = {
-        "dtype": "auto",
-        "layers": 32,
-        "rows": 8,
-        "records_per_step": 32,
-        "num_records": 64,
-        "num_prompts": 32,
-        "max_new_tokens": 64,
-        "rounds": 3,
-    }
-    if tiny:
-        sizes = {
-            "dtype": "float32",
-            "layers": 2,
-            "rows": 2,
-            "records_per_step": 4,
-            "num_records": 8,
-            "num_prompts": 4,
-            "max_new_tokens": 8,
-            "rounds": 2,
-        }
-    sizes["rows"] = rows or sizes["rows"]
-    if sizes["rows"] < 1 or sizes["records_per_step"] % sizes["rows"]:
-        raise ValueError(f"--rows: {rows} does not divide the {sizes['records_per_step']} records of an optimizer step")
+    sizes = TINY if tiny else MAC if device == "mps" else GPU
     return Settings(device=device, tiny=tiny, work_dir=str(work_dir.resolve()), **sizes)
 
 

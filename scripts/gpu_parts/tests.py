@@ -4,12 +4,13 @@ files that name the marker -> pytest -m cuda --junitxml -> passed, failed, skipp
 """
 
 import importlib.util
-import subprocess
-import sys
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from gpu_parts.settings import Settings
 
@@ -25,15 +26,15 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     marker = "mps" if settings.device == "mps" else "cuda"
     junit_file = settings.work_path / "junit.xml"
     junit_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider"]
-    command += [f"--junitxml={junit_file}", *(["-n", "0"] if importlib.util.find_spec("xdist") else [])]
-    command += files_that_name(marker)
-    done = subprocess.run(command, cwd=ROOT)
+    arguments = ["-q", "-m", marker, "-p", "no:cacheprovider", f"--junitxml={junit_file}"]
+    arguments += ["-n", "0"] if importlib.util.find_spec("xdist") else []
+    os.chdir(ROOT)
+    code = pytest.main([*arguments, *files_that_name(marker)])
     counts = count_outcomes(junit_file)
     counts["summary"] = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
     yield counts
-    if done.returncode:
-        raise SystemExit(f"pytest ended with {done.returncode}")
+    if code:
+        raise SystemExit(f"pytest ended with {code}")
     if settings.device != "cpu" and not counts["passed"]:
         raise SystemExit(f"no test marked {marker} ran")
 

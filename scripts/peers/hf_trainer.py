@@ -1,5 +1,7 @@
 """HF Trainer on transformers' own Phi with PEFT's own LoRA; every micro-batch is padded."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -9,7 +11,13 @@ from peers.task import IGNORE_INDEX, NUM_CHECKED, Example, LoadedPeer, Task
 
 
 def load(
-    task: Task, *, batch_size: int, width: int | None = None, dtype: str | None = None, autocast: bool = False
+    task: Task,
+    *,
+    batch_size: int,
+    width: int | None = None,
+    dtype: str | None = None,
+    autocast: bool = False,
+    reuse: Any = None,
 ) -> LoadedPeer:
     """Load the model and make the Trainer.
 
@@ -19,8 +27,9 @@ def load(
         width: tokens that every record is padded to; None for the longest of its batch.
         dtype: of the base; None for the task's.
         autocast: TrainingArguments' bf16, on top of a bfloat16 base.
+        reuse: the model of an earlier load.
     """
-    model = load_native_phi(task.base, dtype or task.dtype)
+    model = load_native_phi(task.base, dtype or task.dtype) if reuse is None else reuse
 
     def collate(examples: list[Example]) -> dict[str, Tensor]:
         batch = padded(examples, width or max(len(example.ids) for example in examples))
@@ -48,7 +57,7 @@ def load(
                 losses.append(mean.item() * example.supervised_tokens)
         return losses
 
-    return LoadedPeer(model, nats, trainer.train)
+    return LoadedPeer(model, nats, trainer.train, reusable=model)
 
 
 def padded(examples: list[Example], width: int) -> dict[str, Tensor]:

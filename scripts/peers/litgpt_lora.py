@@ -69,18 +69,22 @@ def _config_of(base: Path) -> Any:
     )
 
 
-def load(task: Task, *, batch_size: int) -> LoadedPeer:
+def load(task: Task, *, batch_size: int, reuse: Any = None) -> LoadedPeer:
     """Load the converted base.
 
     Args:
         task: what to train.
         batch_size: records in a micro-batch.
+        reuse: fabric, model and optimizer of an earlier load.
     """
-    fabric = L.Fabric(
-        accelerator=task.device, devices=1, precision="bf16-true" if task.dtype == "bfloat16" else "32-true"
-    )
-    fabric.seed_everything(SEED)
-    phi, optimizer = _lora_model(task, fabric)
+    if reuse is None:
+        precision: Any = "bf16-true" if task.dtype == "bfloat16" else "32-true"
+        fabric = L.Fabric(accelerator=task.device, devices=1, precision=precision)
+        fabric.seed_everything(SEED)
+        phi, optimizer = _lora_model(task, fabric)
+    else:
+        fabric, phi, optimizer = reuse
+    phi.max_seq_length = max(len(example.ids) for example in task.examples)
     scheduler = CosineAnnealingLR(optimizer, T_max=len(task.examples) // task.records_per_step)
     accumulate = task.records_per_step // batch_size
 
@@ -118,7 +122,7 @@ def load(task: Task, *, batch_size: int) -> LoadedPeer:
                 scheduler.step()
                 task.ledger.end_step()
 
-    return LoadedPeer(phi, nats, train)
+    return LoadedPeer(phi, nats, train, reusable=(fabric, phi, optimizer))
 
 
 def _lora_model(task: Task, fabric: Any) -> tuple[Any, Any]:
@@ -141,5 +145,4 @@ def _lora_model(task: Task, fabric: Any) -> tuple[Any, Any]:
         torch.optim.AdamW(phi.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     )
     load_checkpoint(fabric, phi, task.litgpt_dir / "lit_model.pth", strict=False)
-    phi.max_seq_length = max(len(example.ids) for example in task.examples)
     return phi, optimizer

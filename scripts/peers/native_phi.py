@@ -29,6 +29,7 @@ def training_arguments(task: Task, batch_size: int, accumulate: int, *, autocast
         "weight_decay": WEIGHT_DECAY,
         "lr_scheduler_type": "cosine",
         "bf16": autocast and task.dtype == "bfloat16",
+        "fp16": task.dtype == "float16",  # with its loss scale; the weights of LoRA are float32
         "use_cpu": task.device == "cpu",
         "dataloader_pin_memory": task.device == "cuda",
         "logging_strategy": "no",

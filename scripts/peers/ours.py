@@ -1,4 +1,4 @@
-"""Ours: lit_phi2's module and data under Lightning's Trainer, packed rows of ROW_LENGTH tokens."""
+"""Ours: lit_phi2's module and data under Lightning's Trainer, packed rows."""
 
 from typing import Any
 
@@ -17,7 +17,6 @@ from peers.task import (
     LORA_ALPHA,
     LORA_R,
     NUM_CHECKED,
-    ROW_LENGTH,
     SEED,
     WEIGHT_DECAY,
     Ledger,
@@ -28,19 +27,27 @@ from peers.task import (
 from timers import matmul_rates
 
 
-def load(task: Task) -> LoadedPeer:
+def load(task: Task, *, reuse: LitPhi2 | None = None, **settings: Any) -> LoadedPeer:
+    """Make module, data and Trainer.
+
+    Args:
+        task: what to train.
+        reuse: the module of an earlier load.
+        settings: further arguments of LitPhi2.
+    """
     examples = [
         Example(f"record {index}", example.ids, example.prompt_length) for index, example in enumerate(task.examples)
     ]
     data = _datamodule(task, examples)
-    module = _module(task)
+    module = _module(task, settings) if reuse is None else reuse.to(task.device)
     phi = module.phi
     assert phi is not None
+    module.cpu = lambda: module  # Lightning moves it there whenever a run ends
     clock = _Clock(task)
 
     def nats() -> list[float]:
         phi.eval()
-        module.to(task.device)  # Lightning moves it to the CPU when a run ends
+        module.to(task.device)
         batches = [collate(examples, [(index,)]).to(task.device) for index in range(NUM_CHECKED)]
         with torch.no_grad():
             losses = [module.loss(batch).nats.item() for batch in batches]
@@ -50,7 +57,7 @@ def load(task: Task) -> LoadedPeer:
     def metrics() -> Report:
         return matmul_utilization(module, task.ledger, clock.max_tokens, clock.max_supervised_tokens)
 
-    return LoadedPeer(module, nats, lambda: _trainer(task, clock).fit(module, datamodule=data), metrics)
+    return LoadedPeer(module, nats, lambda: _trainer(task, clock).fit(module, datamodule=data), metrics, module)
 
 
 def matmul_utilization(module: LitPhi2, ledger: Ledger, max_tokens: int, max_supervised_tokens: int) -> Report:
@@ -100,13 +107,13 @@ def _frozen_layers(module: LitPhi2) -> dict[str, list[nn.Linear]]:
 def _datamodule(task: Task, examples: list[Example]) -> ClaimsDataModule:
     """A datamodule whose splits are filled in, so that setup has nothing to read."""
     records = [Record(example.id, "", "", "", "") for example in examples]
-    data = ClaimsDataModule(max_length=ROW_LENGTH, batch_size=task.rows, base=task.base, seed=SEED)
+    data = ClaimsDataModule(max_length=task.row_length, batch_size=task.rows, base=task.base, seed=SEED)
     split = build_split([], lambda *_: zip(records, examples, strict=True), skip=False)
     data.splits = {"train": split, "val": split}
     return data
 
 
-def _module(task: Task) -> LitPhi2:
+def _module(task: Task, settings: dict[str, Any]) -> LitPhi2:
     module = LitPhi2(
         base=task.base,
         lora_r=LORA_R,
@@ -119,6 +126,7 @@ def _module(task: Task) -> LitPhi2:
         dtype=task.dtype,
         quantization=task.quantization,
         seed=SEED,
+        **settings,
     )
     module.configure_model()
     return module.to(task.device)
@@ -129,7 +137,7 @@ def _trainer(task: Task, clock: "_Clock") -> pl.Trainer:
         accelerator=task.device,
         devices=1,
         max_epochs=1,
-        accumulate_grad_batches=task.accumulate(ROW_LENGTH * task.rows),
+        accumulate_grad_batches=task.accumulate(task.row_length * task.rows),
         gradient_clip_val=1.0,  # the default of lit_phi2 and of Hugging Face's Trainer
         limit_val_batches=0,
         logger=False,

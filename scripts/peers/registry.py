@@ -29,8 +29,8 @@ class Peer:
     environment: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
-    def load(self, task: Task) -> LoadedPeer:
-        peer: LoadedPeer = importlib.import_module(f"peers.{self.module}").load(task, **self.options)
+    def load(self, task: Task, **more: Any) -> LoadedPeer:
+        peer: LoadedPeer = importlib.import_module(f"peers.{self.module}").load(task, **self.options, **more)
         return peer
 
 

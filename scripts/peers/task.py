@@ -17,7 +17,7 @@ Report = dict[str, Any]  # JSON values
 
 LORA_R, LORA_ALPHA = 2, 4
 LEARNING_RATE, WEIGHT_DECAY = 2e-4, 0.01
-ROW_LENGTH = 512  # tokens in a packed row of lit_phi2, and the most that a record may have
+ROW_LENGTH = 512  # of a task that names no other
 NUM_CHECKED = 8  # records whose loss is compared, from the first
 SEED = 42
 IGNORE_INDEX = -100
@@ -107,6 +107,7 @@ class Task:
         litgpt_dir: folder of the base in LitGPT's form.
         scratch_dir: where a tool may write; nothing in it is read.
         quantization: of lit_phi2's base; int8 or None.
+        row_length: tokens in a packed row of lit_phi2, and the most that a record may have.
     """
 
     base: str
@@ -119,6 +120,7 @@ class Task:
     litgpt_dir: Path = field(default_factory=Path)
     scratch_dir: Path = field(default_factory=Path)
     quantization: str | None = None
+    row_length: int = ROW_LENGTH
 
     def accumulate(self, row_length: int) -> int:
         """Rows of `row_length` tokens that hold about records_per_step records."""
@@ -135,12 +137,14 @@ class LoadedPeer:
         nats: of each of the first NUM_CHECKED examples, summed over its response, without dropout.
         train: one epoch, counted in the task's ledger; a second call continues from the weights of the first.
         metrics: further measurements, after training.
+        reusable: what a load for another task may take over, so that weights are loaded once.
     """
 
     model: Any
     nats: Callable[[], list[float]]
     train: Callable[[], object]
     metrics: Callable[[], Report] = dict
+    reusable: Any = None
 
     @property
     def trainable_parameters(self) -> int:

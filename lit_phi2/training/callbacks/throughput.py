@@ -60,8 +60,10 @@ class Throughput(Callback):
             return  # inside an accumulation window
         now = time.monotonic()
         seconds = now - self.window_start
-        sums = torch.tensor([self.tokens, self.supervised_tokens], device=pl_module.device)
-        tokens, supervised_tokens = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        tokens, supervised_tokens = self.tokens, self.supervised_tokens
+        if trainer.world_size > 1:  # one process need not wait for its GPU to tell it its own numbers
+            sums = torch.tensor([tokens, supervised_tokens], device=pl_module.device)
+            tokens, supervised_tokens = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         self.tokens_per_second = tokens / seconds
         self.trained_seconds += seconds
         self.trained_steps += trainer.global_step - self.step
