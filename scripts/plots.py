@@ -32,6 +32,7 @@ LABELS = {
     "rows": "transformers + PEFT, packed rows",
     "trl": "TRL SFTTrainer, packed",
     "trl-autocast": "TRL SFTTrainer, packed, autocast",
+    "litgpt": "LitGPT LoRA",
     "litgpt-mb1": "LitGPT LoRA, micro-batch 1",
     "litgpt-mb8": "LitGPT LoRA, micro-batch 8",
 }
@@ -85,11 +86,15 @@ def plot_throughput(measurement: dict[str, Any]) -> Figure:
 
 
 def plot_gpu_check(measurement: dict[str, Any]) -> Figure:
+    """A bar for each peer on rows of the first length, with the ratio of ours to it in the same rounds."""
     training, machine = measurement["parts"]["training"], measurement["parts"]["machine"]
-    speeds = {name: median(values) for name, values in training["tokens_per_second"].items()}
-    bars = {LABELS.get(name, name): (speed, "") for name, speed in speeds.items()}
-    bars[LABELS["hf_trainer"]] = (speeds["hf_trainer"], f"lit_phi2 is {training['speedup']:.2f} times as fast")
-    return _bars(bars, f"{machine['device']}, torch {machine['torch']}, rows of 512 tokens")
+    length, results = next(iter(training["lengths"].items()))
+    bars = {}
+    for name, result in results.items():
+        if isinstance(result, dict) and result.get("tokens_per_second"):
+            note = "" if name == "lit_phi2" else f"lit_phi2 is {result['speedup']:.2f} times as fast"
+            bars[LABELS.get(name, name)] = (median(result["tokens_per_second"]), note)
+    return _bars(bars, f"{machine['device']}, torch {machine['torch']}, rows of {length} tokens")
 
 
 def plot_step_sizes(measurement: dict[str, Any]) -> Figure:

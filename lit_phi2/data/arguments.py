@@ -16,6 +16,7 @@ from lit_phi2.utils.paths import expand_user
 DEFAULT_VAL_FRACTION = 0.1
 
 STDIN_SOURCE = "-"
+AUTO = "auto"
 
 Files = str | list[str] | None
 
@@ -53,6 +54,20 @@ def check_minimum(minimum: int, **values: int) -> None:
     for name, value in values.items():
         if value < minimum:
             raise InputError(f"data.{name}: {value} is less than {minimum}.")
+
+
+def rows(batch_size: int | str) -> int:
+    """The rows of a micro-batch; 1 for auto, until they are chosen.
+
+    Raises:
+        InputError: neither auto nor a number from 1 on.
+    """
+    if batch_size == AUTO:
+        return 1
+    if isinstance(batch_size, str):
+        raise InputError(f"data.batch_size: {batch_size!r} is unknown; expected a number of rows, or {AUTO}.")
+    check_minimum(1, batch_size=batch_size)
+    return batch_size
 
 
 def check_val_fraction(val_fraction: float, val_files: Files) -> None:

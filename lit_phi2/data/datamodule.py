@@ -71,7 +71,7 @@ class ClaimsDataModule(LightningDataModule):
         val_fraction: share to hold out if val_files is null; records with the same prompt stay together.
         max_length: tokens in an example, and in a packed row; EOS included.
         packing: put several examples into a row; they do not attend to each other.
-        batch_size: rows in a micro-batch.
+        batch_size: rows in a micro-batch, or auto; as many as fit, of the rows in accumulate_grad_batches.
         without: a file with one id a line; training and validation leave these records out.
         canaries: made-up records to plant, of each kind; in prompt or response, 1, 4 or 16 times, for audit.
         on_overlong: truncate, skip or error; truncate shortens the input section only.
@@ -103,7 +103,7 @@ class ClaimsDataModule(LightningDataModule):
         val_fraction: float = arguments.DEFAULT_VAL_FRACTION,
         max_length: int = 512,
         packing: bool = True,
-        batch_size: int = 1,
+        batch_size: int | str = 1,
         without: str | None = None,
         canaries: int = 0,
         on_overlong: str = "truncate",
@@ -119,14 +119,14 @@ class ClaimsDataModule(LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # predict with fewer batches than processes
         arguments.check_reading(turns, encoding, on_overlong, on_bad_record)
         arguments.check_val_fraction(val_fraction, val_files)
-        arguments.check_minimum(1, max_length=max_length, batch_size=batch_size)
+        arguments.check_minimum(1, max_length=max_length)
         arguments.check_minimum(0, canaries=canaries)
         self.files = {"train": train_files, "val": val_files, "test": test_files, "predict": predict_files}
         fields = FieldNames(instruction_field, input_field, response_field, id_field)
         self.read_options = ReadOptions(fields, turns, encoding, redact=check_kinds(redact, "data.redact"))
         self.output_kinds = frozenset(self.read_options.redact + check_kinds(redact_output, "data.redact_output"))
         self.val_fraction = val_fraction
-        self.max_length, self.packing, self.batch_size = max_length, packing, batch_size
+        self.max_length, self.packing, self.batch_size = max_length, packing, arguments.rows(batch_size)
         self.without, self.canaries = without, canaries
         self.on_overlong, self.on_bad_record = on_overlong, on_bad_record
         self.cache_dir = cache_dir

@@ -87,9 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: FrozenLinear, targets: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: FrozenLinear, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
         softmax = _OnlineSoftmax(hidden, targets, head.out_features, with_grad=ctx.needs_input_grad[0])
         for start in range(0, head.out_features, softmax.chunk_size):
             chunk = slice(start, start + softmax.chunk_size)

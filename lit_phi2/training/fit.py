@@ -22,6 +22,7 @@ from lit_phi2.audit.provenance import check_provenance
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError, RunInterrupted
 from lit_phi2.model.device import DTYPES
+from lit_phi2.training.batch_size import use_batch_size, with_batch_size
 from lit_phi2.training.callbacks.checkpoint import NOTHING_SAVED, AdapterCheckpoint, AtomicCheckpointIO, stop_message
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
@@ -96,6 +97,7 @@ class FitTrainer(pl.Trainer):
     leakage_limits = LeakageLimits()
     config_run: Path | None = None
     run_dir: Path | None = None
+    _resumed_run: Mapping[str, Any] | None = None
     num_sanity_val_steps: float
     loggers: list[Any]
 
@@ -123,9 +125,10 @@ class FitTrainer(pl.Trainer):
         ckpt_path = self.find(ckpt_path, prefer="last")
         resumed = self._read_resumed(ckpt_path)
         self.fit_loop = new_loops(self)
-        if resumed is not None:
-            _keep_dtype(model, resumed["lit_phi2"]["run"])
-            model.quantization_table = resumed["lit_phi2"].get("quantization")
+        self._resumed_run = None if resumed is None else resumed["lit_phi2"]["run"]
+        if self._resumed_run is not None:
+            _keep_dtype(model, self._resumed_run)
+        model.quantization_table = resumed and resumed["lit_phi2"].get("quantization")
         self.prepare("fit", model, datamodule)
         model.total_steps()  # raises InputError before a folder is opened
         if resumed is not None:
@@ -139,7 +142,7 @@ class FitTrainer(pl.Trainer):
         if self.fast_dev_run:
             super().fit(model, datamodule=datamodule)
             return
-        config = self.run_config or program_config(self, model, datamodule)
+        config = with_batch_size(self.run_config or program_config(self, model, datamodule), self, datamodule)
         run_dir = run_dir_of(Path(ckpt_path)) if ckpt_path else broadcast_run_dir(self, lambda: self._open_run(config))
         log.info("run folder: %s", run_dir)
         with locked(self, run_dir / "fit.lock", f"--ckpt_path {ckpt_path}: another fit trains this run now. {ONE_FIT}"):
@@ -198,6 +201,8 @@ class FitTrainer(pl.Trainer):
         model.check()
         model.check_data(data)
         datamodule.setup(stage)
+        if stage == "fit":
+            use_batch_size(self, model, datamodule, self._resumed_run)
         check_limits(self, datamodule, stage)
 
     def show_progress(self, throughput: Throughput) -> None:

@@ -78,7 +78,7 @@ def memory_report(model: LitPhi2, data: ClaimsDataModule) -> str:
     check_targets(targets, dict.fromkeys(phi.linear_layers, phi.num_layers), phi.num_layers)
     device = model.target_device()
     dtype = choose_dtype(model.compute_dtype, device, phi.num_parameters)[0]
-    work = _workload(model, data, dtype, device.type)
+    work = workload(model, data, dtype, device.type)
     program, memory = program_bytes(device), device_bytes(device)
     plans = [plan(phi, work, program, memory) for plan in (plan_fit, plan_predict)]
     weights = _name(dtype) + (", int8" if work.quantized else "")
@@ -89,12 +89,12 @@ def memory_report(model: LitPhi2, data: ClaimsDataModule) -> str:
     lines = [title, *_table(*plans), "", _verdict(f"this device, {device.type}", phi, work, program, memory)]
     for size in CARDS_GIB:
         card_dtype = torch.bfloat16 if model.compute_dtype == "auto" else dtype
-        work = _workload(model, data, card_dtype, "cuda")
+        work = workload(model, data, card_dtype, "cuda")
         lines.append(_verdict(f"{size} GB card, {_name(card_dtype)}", phi, work, CONTEXT_BYTES["cuda"], size * 2**30))
     return "\n".join(lines)
 
 
-def _workload(model: LitPhi2, data: ClaimsDataModule, dtype: torch.dtype, device_type: str) -> Workload:
+def workload(model: LitPhi2, data: ClaimsDataModule, dtype: torch.dtype, device_type: str) -> Workload:
     """The longest row and the longest prompt of the splits that are set up."""
     train = data.splits["train"]
     longest = int(train.lengths.max())

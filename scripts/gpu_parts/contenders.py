@@ -164,7 +164,9 @@ class Arena:
             self.load(contender, length, rows, variant, self.settings.step_tokens)
             self.train(contender)
             speed = self.train(contender)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if "out of memory" not in str(error):  # torch.OutOfMemoryError of CUDA; MPS has no class for it
+                raise
             contender.loaded = None
         if speed is None:  # outside of except, whose traceback holds the activations
             gc.collect()

@@ -29,6 +29,22 @@ STEP_SIZES = {
 
 LOSSES = {"train/loss": [[1, 2.0], [2, 1.5]], "val/loss": [[0, 2.5], [2, 1.4]]}
 INT8 = {"kind": "int8", **ORIGIN, "runs": {"float32": LOSSES, "int8": LOSSES}}
+GPU_CHECK = {
+    "kind": "gpu_check",
+    **ORIGIN,
+    "parts": {
+        "machine": {"device": "a card", "torch": "2.13"},
+        "training": {
+            "lengths": {
+                "512": {
+                    "lit_phi2": {"tokens_per_second": [300.0, 310.0], "speedup": 1.0},
+                    "hf_trainer": {"tokens_per_second": [100.0, 110.0], "speedup": 2.9},
+                    "matmul_tflops": [1.0],
+                }
+            }
+        },
+    },
+}
 SHARE = {"value": 0.5, "low": 0.2, "high": 0.8}
 LEAKAGE = {
     "kind": "leakage",
@@ -104,7 +120,9 @@ def test_every_program_prints_its_help(
     assert f"scripts/{program}" in capsys.readouterr().out  # the command to copy
 
 
-@pytest.mark.parametrize("measurement", [THROUGHPUT, STEP_SIZES, LEAKAGE, INT8], ids=lambda each: each["kind"])
+@pytest.mark.parametrize(
+    "measurement", [THROUGHPUT, GPU_CHECK, STEP_SIZES, LEAKAGE, INT8], ids=lambda numbers: numbers["kind"]
+)
 def test_the_same_numbers_give_the_same_picture(measurement: dict[str, Any], tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         draw(measurement, tmp_path / name)

@@ -1,0 +1,160 @@
+"""Batch size: `data.batch_size: auto` -> as many rows in a micro-batch as are of use and fit the device.
+
+    trainer.accumulate_grad_batches 16, so 16 rows in an optimizer step of a process
+      memory plan of 1, 2, 4, 8, 16 rows, memory that is free  ->  8 rows
+      data.batch_size 8, trainer.accumulate_grad_batches 2     ->  the same optimizer steps
+
+Only divisors of the rows of a step are tried. A run's config.yaml and checkpoints hold the numbers, and a resumed run
+takes them from there, whatever the device has free by then.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil
+import torch
+import yaml
+
+from lit_phi2.data.arguments import AUTO
+from lit_phi2.data.datamodule import ClaimsDataModule
+from lit_phi2.errors import InputError
+from lit_phi2.generation.weights import available_memory
+from lit_phi2.model.device import choose_dtype
+from lit_phi2.pretrained import read_model_config, resolve_base_model
+from lit_phi2.training.memory_plan import changes_to_fit, plan_fit
+from lit_phi2.training.memory_report import format_bytes, program_bytes, workload
+from lit_phi2.training.memory_terms import PhiSizes, Workload
+from lit_phi2.training.module import LitPhi2
+from lit_phi2.training.run_folder import on_rank_zero
+
+log = logging.getLogger(__name__)
+
+USABLE = 0.9  # of the free memory: the plan is within 10 %, and allocators leave gaps
+# Tokens of a micro-batch beyond which a device multiplies no faster.
+ENOUGH_TOKENS = {"cuda": 16384, "mps": 2048, "cpu": 512}
+ROWS_VARIABLE = "LIT_PHI2_BATCH_SIZE"  # passes the choice of rank 0 to processes that Lightning starts
+
+
+def use_batch_size(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, run: Mapping[str, Any] | None) -> None:
+    """Set the rows of a micro-batch and the micro-batches of a step, where data.batch_size is auto.
+
+    Args:
+        trainer: whose accumulate_grad_batches is the rows of a step, before it is divided.
+        model: of the run.
+        data: set up for fit.
+        run: fingerprint in the checkpoint that fit continues from; None for a new run.
+
+    Raises:
+        InputError: not even one row fits, or a setting counts micro-batches.
+    """
+    if data.arguments["batch_size"] != AUTO:
+        return
+    step_rows = data.batch_size * trainer.accumulate_grad_batches
+    if run is not None:
+        rows = int(run["data.batch_size"])
+        log.info("data.batch_size: %d, as in the checkpoint", rows)
+    else:
+        _check_counts(trainer)
+        rows = _agreed_rows(trainer, model, data, step_rows)
+    if step_rows % rows == 0:
+        data.batch_size, trainer.accumulate_grad_batches = rows, step_rows // rows
+
+
+def with_batch_size(config: str, trainer: pl.Trainer, data: ClaimsDataModule) -> str:
+    """The config of a run with the numbers in the place of auto."""
+    if data.arguments["batch_size"] != AUTO:
+        return config
+    header = [line for line in config.splitlines(keepends=True) if line.startswith("#")]
+    settings = yaml.safe_load(config)
+    settings["data"]["batch_size"] = data.batch_size
+    settings["trainer"]["accumulate_grad_batches"] = trainer.accumulate_grad_batches
+    return "".join(header) + yaml.safe_dump(settings, sort_keys=False)
+
+
+def choose_rows(phi: PhiSizes, work: Workload, step_rows: int, program: int, memory: int) -> int:
+    """The largest divisor of the rows of a step that fits, of those that have no more than ENOUGH_TOKENS.
+
+    Args:
+        phi: sizes of the base.
+        work: of the run; its rows do not count.
+        step_rows: rows of an optimizer step of a process.
+        program: bytes of everything that is neither weights nor tensors.
+        memory: bytes that may be used.
+
+    Returns:
+        0 if not even one row fits.
+    """
+    most = max(1, ENOUGH_TOKENS[work.device_type] // work.row_length)
+    fitting = [
+        rows
+        for rows in range(1, min(step_rows, most) + 1)
+        if step_rows % rows == 0 and plan_fit(phi, replace(work, rows=rows), program, memory).needed <= memory
+    ]
+    return max(fitting, default=0)
+
+
+def _check_counts(trainer: pl.Trainer) -> None:
+    """Refuse settings that count micro-batches, whose number the user cannot know."""
+    for name in ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval"):
+        value = getattr(trainer, name)
+        if isinstance(value, int) and value > 0 and not trainer.fast_dev_run:
+            raise InputError(
+                f"trainer.{name}: {value} counts micro-batches, and data.batch_size: auto chooses how many rows these "
+                "have. Give a fraction, or a number of rows in data.batch_size."
+            )
+
+
+def _agreed_rows(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, step_rows: int) -> int:
+    """The choice of rank 0, on every rank."""
+    if not trainer.is_global_zero and ROWS_VARIABLE in os.environ:
+        return int(os.environ[ROWS_VARIABLE])
+    rows = on_rank_zero(trainer, lambda: _choose(trainer, model, data, step_rows))
+    if trainer.is_global_zero and trainer.world_size > 1:
+        os.environ[ROWS_VARIABLE] = str(rows)  # Lightning starts the other ranks after this
+    return rows or 1
+
+
+def _choose(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, step_rows: int) -> int:
+    """Choose on this device, and say why.
+
+    Raises:
+        InputError: not even one row fits; names what would.
+    """
+    device = model.target_device()
+    phi = PhiSizes.from_config(read_model_config(resolve_base_model(model.base)))
+    dtype = choose_dtype(model.compute_dtype, device, phi.num_parameters)[0]
+    work = replace(workload(model, data, dtype, device.type), rows=1)
+    program, memory = program_bytes(device), int(USABLE * _free_bytes(device, trainer.num_devices))
+    rows = choose_rows(phi, work, step_rows, program, memory)
+    if not rows:
+        needed = format_bytes(plan_fit(phi, work, program, memory).needed)
+        changes = changes_to_fit(phi, work, program, memory)
+        advice = f"Set {', '.join(changes)}." if changes else "Take a smaller base."
+        raise InputError(
+            f"data.batch_size: auto: one row of {work.row_length:,} tokens needs {needed}, and {USABLE:.0%} of what is "
+            f"free on {device} is {format_bytes(memory)}. {advice}"
+        )
+    plan = plan_fit(phi, replace(work, rows=rows), program, memory)
+    log.info(
+        "data.batch_size: auto takes %d of the %d rows of an optimizer step at once, so accumulate_grad_batches is %d: "
+        "%s planned, %s usable on %s; %d tokens at once are enough there",
+        rows,
+        step_rows,
+        step_rows // rows,
+        format_bytes(plan.needed),
+        format_bytes(memory),
+        device,
+        max(ENOUGH_TOKENS[device.type], work.row_length),
+    )
+    return rows
+
+
+def _free_bytes(device: torch.device, num_processes: int) -> int:
+    """What a run can have now: of a card what others leave, of a machine its share."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return (available_memory(device) + int(psutil.Process().memory_info().rss)) // num_processes
