@@ -74,9 +74,11 @@ def audited_scores(records: int, epochs: int) -> tuple[dict[str, list[float]], d
 
     def kept(members: Sequence[float], others: Sequence[float]) -> dict[str, Rate]:
         scores.update(members=[float(value) for value in members], others=[float(value) for value in others])
-        return membership(members, others)
+        found: dict[str, Rate] = membership(members, others)
+        return found
 
-    membership, leakage.membership = leakage.membership, kept  # audit_leakage.json has no score of a record
+    membership: Any = leakage.membership
+    leakage.membership = kept  # type: ignore[assignment]  # audit_leakage.json has no score of a record
     splits = [
         f"--data.{split}_files=claims:{name}[:{records}]" for split, name in (("train", "train"), ("val", "validation"))
     ]

@@ -51,7 +51,7 @@ def use_batch_size(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, 
     Raises:
         InputError: not even one row fits, or a setting counts micro-batches.
     """
-    if data.arguments["batch_size"] != AUTO:
+    if not _is_auto(data):
         return
     step_rows = data.batch_size * trainer.accumulate_grad_batches
     if run is not None:
@@ -66,13 +66,17 @@ def use_batch_size(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, 
 
 def with_batch_size(config: str, trainer: pl.Trainer, data: ClaimsDataModule) -> str:
     """The config of a run with the numbers in the place of auto."""
-    if data.arguments["batch_size"] != AUTO:
+    if not _is_auto(data):
         return config
     header = [line for line in config.splitlines(keepends=True) if line.startswith("#")]
     settings = yaml.safe_load(config)
     settings["data"]["batch_size"] = data.batch_size
     settings["trainer"]["accumulate_grad_batches"] = trainer.accumulate_grad_batches
     return "".join(header) + yaml.safe_dump(settings, sort_keys=False)
+
+
+def _is_auto(data: Any) -> bool:  # mypy knows no attribute that a decorator sets
+    return bool(data.arguments["batch_size"] == AUTO)
 
 
 def choose_rows(phi: PhiSizes, work: Workload, step_rows: int, program: int, memory: int) -> int:

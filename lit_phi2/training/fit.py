@@ -128,7 +128,8 @@ class FitTrainer(pl.Trainer):
         self._resumed_run = None if resumed is None else resumed["lit_phi2"]["run"]
         if self._resumed_run is not None:
             _keep_dtype(model, self._resumed_run)
-        model.quantization_table = resumed and resumed["lit_phi2"].get("quantization")
+        if resumed is not None and model.phi is None:
+            model.quantization_table = resumed["lit_phi2"].get("quantization")
         self.prepare("fit", model, datamodule)
         model.total_steps()  # raises InputError before a folder is opened
         if resumed is not None:

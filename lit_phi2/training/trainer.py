@@ -225,8 +225,7 @@ class Trainer(AuditTrainer):
         """Print statistics of the data, a memory plan, the caches, and one example; no model is loaded.
 
         Args:
-            model: from the config.
-            datamodule: from the config.
+            model, datamodule: from the config.
             remove_unused_caches: true also removes the caches whose files are gone or have changed.
             what: data; or quantization, which loads the base and prints what each layer loses in 8 bits.
         """

@@ -124,9 +124,8 @@ def _module(task: Task, settings: dict[str, Any]) -> LitPhi2:
         weight_decay=WEIGHT_DECAY,
         warmup_ratio=0.0,
         dtype=task.dtype,
-        quantization=task.quantization,
         seed=SEED,
-        **settings,
+        **({"quantization": task.quantization} | settings),
     )
     module.configure_model()
     return module.to(task.device)
