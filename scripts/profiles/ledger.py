@@ -20,9 +20,7 @@ MAX_LENGTH = 512
 
 def ledger(args: argparse.Namespace) -> None:
     """Each count in a process of its own."""
-    print(
-        "| records | s of CPU | ms per record | MB above the process | of it the schedule of an epoch | MB of file |"
-    )
+    print("| records | s of CPU | ms per record | MB above the process | of it the schedule of an epoch | MB of file |")
     print("|---|---|---|---|---|---|", flush=True)
     context = multiprocessing.get_context("spawn")
     for count in args.counts:
