@@ -47,7 +47,7 @@ json.dump({
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memaudit", required=True, help="Python of an environment with memaudit 0.2.0")
-    parser.add_argument("--records", type=int, default=400, help="packaged claims of train, and at most of val")
+    parser.add_argument("--records", type=int, default=200, help="packaged claims of train, and at most of val")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
