@@ -46,7 +46,7 @@ def main() -> None:
     gradients_parser.add_argument("--adapter", help="folder; without it B is drawn at random")
     gradients_parser.add_argument("--records", type=int, default=8)
     outliers_parser = parts.add_parser("outliers")
-    outliers_parser.add_argument("--records", type=int, default=8)
+    outliers_parser.add_argument("--records", type=int, default=64)
     curves_parser = parts.add_parser("curves")
     curves_parser.add_argument("runs", type=Path, nargs=2, help="folder of a run without and of one with int8")
     curves_parser.add_argument("--output", type=Path, default=ROOT / "scripts" / "measurements" / "int8.json")
@@ -69,6 +69,7 @@ def gradients(base: BaseModel, adapter: str | None, num_records: int) -> dict[st
             print(describe_table(calibrate(phi, base, examples)))
         saved = read_adapter(Path(adapter)) if adapter else None
         settings = saved.settings if saved else LoraSettings(16, 32, TARGETS)
+        torch.manual_seed(0)  # of A
         model = add_lora(phi, settings, dropout=0.0).eval()
         if saved:
             load_adapter_state_dict(model, saved.weights, source=str(adapter))

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from helpers import relative_difference
 from lit_phi2.model.loading import load_phi2
 from lit_phi2.model.phi2 import packed_forward
 from lit_phi2.pretrained import resolve_base_model
@@ -26,11 +27,11 @@ def test_planted_channels_change_the_weights_and_not_the_model(tmp_path: Path) -
     ids, positions = torch.arange(1, 60)[None], torch.arange(59)[None]
     with torch.no_grad():
         hidden = [packed_forward(load_phi2(each, torch.float32), ids, positions) for each in (base, planted)]
-    torch.testing.assert_close(*hidden, rtol=0, atol=1e-3)
+    assert relative_difference(hidden[1], hidden[0]) < 1e-3  # dividing and multiplying by 100 rounds
 
 
 def test_outlier_columns_win_back_what_8_bits_lose() -> None:
-    rows = outliers(2)
+    rows = outliers(4)  # so few that the loss is 0.1, and rounding of the rest changes it by a percent
     assert len(rows) == 4
-    assert all(abs(quantized / whole - 1) < 0.01 for whole, _, quantized in rows)
-    assert max(abs(careless / whole - 1) for whole, careless, _ in rows) > 0.01
+    assert all(abs(quantized / whole - 1) < 0.03 for whole, _, quantized in rows)
+    assert max(abs(careless / whole - 1) for whole, careless, _ in rows) > 0.3
