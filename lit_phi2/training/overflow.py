@@ -26,7 +26,7 @@ def describe_overflow(phi: FusedPhiForCausalLM, batches: Sequence[Batch]) -> str
 
     Args:
         phi: with or without adapters in its layers, in the mode in which the batches were computed.
-        batches: on the device of the model. No text of their records is told.
+        batches: on the device of the model. No text of their records is shown.
     """
     dtype = phi.model.embed_tokens.weight.dtype
     for batch in batches:

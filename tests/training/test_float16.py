@@ -123,7 +123,7 @@ def fit_with_scale(base: Path, train: Path, folder: Path, scale: float, **settin
     return module, callback, trainer
 
 
-def test_a_step_that_overflows_changes_nothing_and_is_told(
+def test_a_step_that_overflows_changes_nothing_and_is_logged(
     phi_dir: Path, train_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, read_events: Any
 ) -> None:
     """References: weights before and after each step; AdamW's own counter; the schedule of the same run in float32."""
@@ -179,7 +179,7 @@ def test_the_first_gradients_are_those_of_float32(phi_dir: Path, train_file: Pat
         assert relative_difference(steps["float16"][name], expected) < 1e-2, name
 
 
-def test_a_resumed_run_has_the_weights_and_the_scale_of_a_whole_one(
+def test_a_resumed_float16_run_is_the_whole_one_bit_for_bit(
     phi_dir: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit. The scale falls at the first steps and doubles after every second good one."""

@@ -66,7 +66,7 @@ class OneProcess:
         (2.0, math.nan, True, "fc1 overflows", "norm nan; .* fc1 overflows$"),  # no loss scale changes the forward pass
     ],
 )
-def test_only_gradients_that_another_scale_may_make_finite_are_skipped(
+def test_only_steps_that_a_smaller_scale_may_save_are_skipped(
     loss: float, grad_norm: float, can_skip: bool, overflow: str | None, message: str | None
 ) -> None:
     window = AccumulationWindow()
