@@ -74,7 +74,7 @@ class Scored:
         num_added = -self.count % PAD_TO_MULTIPLE_OF.get(device.type, 1) if device.type != "cpu" else 0
         positions = F.pad(self.positions, (0, num_added))
         targets = F.pad(self.targets, (0, num_added), value=IGNORE_INDEX)
-        return Scored(*(to_device(x, device, non_blocking) for x in (positions, targets)), self.count)
+        return Scored(to_device(positions, device, non_blocking), to_device(targets, device, non_blocking), self.count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def use_batch_size(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, 
     Raises:
         InputError: not even one row fits, or a setting counts micro-batches.
     """
-    if data.arguments["batch_size"] != AUTO:
+    if not _is_auto(data):
         return
     step_rows = data.batch_size * trainer.accumulate_grad_batches
     if run is not None:
@@ -66,7 +66,7 @@ def use_batch_size(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, 
 
 def with_batch_size(config: str, trainer: pl.Trainer, data: ClaimsDataModule) -> str:
     """The config of a run with the numbers in the place of auto."""
-    if data.arguments["batch_size"] != AUTO:
+    if not _is_auto(data):
         return config
     header = [line for line in config.splitlines(keepends=True) if line.startswith("#")]
     settings = yaml.safe_load(config)
@@ -95,6 +95,10 @@ def choose_rows(phi: PhiSizes, work: Workload, step_rows: int, program: int, mem
         if step_rows % rows == 0 and plan_fit(phi, replace(work, rows=rows), program, memory).needed <= memory
     ]
     return max(fitting, default=0)
+
+
+def _is_auto(data: Any) -> bool:
+    return bool(data.arguments["batch_size"] == AUTO)
 
 
 def _check_counts(trainer: pl.Trainer) -> None:
