@@ -75,10 +75,6 @@ def with_batch_size(config: str, trainer: pl.Trainer, data: ClaimsDataModule) ->
     return "".join(header) + yaml.safe_dump(settings, sort_keys=False)
 
 
-def _is_auto(data: Any) -> bool:  # mypy knows no attribute that a decorator sets
-    return bool(data.arguments["batch_size"] == AUTO)
-
-
 def choose_rows(phi: PhiSizes, work: Workload, step_rows: int, program: int, memory: int) -> int:
     """The largest divisor of the rows of a step that fits, of those that have no more than ENOUGH_TOKENS.
 
@@ -99,6 +95,10 @@ def choose_rows(phi: PhiSizes, work: Workload, step_rows: int, program: int, mem
         if step_rows % rows == 0 and plan_fit(phi, replace(work, rows=rows), program, memory).needed <= memory
     ]
     return max(fitting, default=0)
+
+
+def _is_auto(data: Any) -> bool:
+    return bool(data.arguments["batch_size"] == AUTO)
 
 
 def _check_counts(trainer: pl.Trainer) -> None:

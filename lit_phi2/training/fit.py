@@ -6,6 +6,7 @@ Everything that a run leaves is written by callbacks and a logger that are added
 progress bar and logger are off. The same Trainer may run again; every fit begins at step 0 or at its checkpoint.
 """
 
+import contextlib
 import functools
 import logging
 import sys
@@ -205,6 +206,11 @@ class FitTrainer(pl.Trainer):
         if stage == "fit":
             use_batch_size(self, model, datamodule, self._resumed_run)
         check_limits(self, datamodule, stage)
+
+    def try_batch_size(self, model: LitPhi2, datamodule: ClaimsDataModule) -> None:
+        """Choose the batch size that fit would; where not even one row fits, the memory plan says what to change."""
+        with contextlib.suppress(InputError):
+            use_batch_size(self, model, datamodule, None)
 
     def show_progress(self, throughput: Throughput) -> None:
         """Add a progress bar on a terminal, and progress lines elsewhere."""

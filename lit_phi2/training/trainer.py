@@ -11,7 +11,6 @@
 The CLI makes its flags from the signatures of these methods, and its help from their docstrings.
 """
 
-import contextlib
 import json
 import logging
 from pathlib import Path
@@ -23,7 +22,6 @@ from lit_phi2.evaluation.table import format_table, metric_name, to_dict, withou
 from lit_phi2.export.exporter import export
 from lit_phi2.pretrained import load_tokenizer, resolve_base_model
 from lit_phi2.training.audit_trainer import AuditTrainer
-from lit_phi2.training.batch_size import use_batch_size
 from lit_phi2.training.callbacks.completions import TestCompletions
 from lit_phi2.training.callbacks.predictions import PredictionWriter
 from lit_phi2.training.callbacks.throughput import Throughput
@@ -231,8 +229,7 @@ class Trainer(AuditTrainer):
         """
         datamodule.trainer = model.trainer = self
         warnings = datamodule.read("fit")
-        with contextlib.suppress(InputError):  # where not even one row fits, the plan says what to change
-            use_batch_size(self, model, datamodule, None)
+        self.try_batch_size(model, datamodule)
         print_text(inspection(model, datamodule, warnings, what, remove_unused_caches=remove_unused_caches))
 
     def export(

@@ -24,7 +24,7 @@ def planned_bytes(phi: PhiSizes, dtype: str, device: str, rows: int, length: int
         device: cuda, mps or cpu.
         rows: of a micro-batch.
         length: of a row.
-        settings: of the module, such as quantization, where the plan knows them.
+        settings: of the module, such as quantization, where the plan knows it.
     """
     values: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
@@ -41,7 +41,8 @@ def planned_bytes(phi: PhiSizes, dtype: str, device: str, rows: int, length: int
         "max_new_tokens": 1,
         "slots": 1,
     }
-    names = {field.name for field in fields(Workload)}
-    work = Workload(**values, **{name: value for name, value in settings.items() if name in names})
+    if "quantized" in {field.name for field in fields(Workload)}:
+        values["quantized"] = settings.get("quantization") is not None
+    work = Workload(**values)
     plan = plan_fit(phi, work, program=0, memory=2**62)
     return sum(size for name, size in plan.terms.items() if name != "program")
