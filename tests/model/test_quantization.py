@@ -10,6 +10,7 @@ from helpers import new_module, relative_difference
 from lit_phi2.errors import InputError
 from lit_phi2.model import quantization
 from lit_phi2.model.linear import FrozenLinear
+from lit_phi2.model.loading import load_phi2
 from lit_phi2.model.loss import causal_lm_loss
 from lit_phi2.model.phi2 import packed_forward
 from lit_phi2.model.quantization import (
@@ -21,6 +22,7 @@ from lit_phi2.model.quantization import (
     set_outliers,
     use_int8,
 )
+from lit_phi2.pretrained import resolve_base_model
 
 NUM_IN, NUM_OUT = 130, 70
 
@@ -169,6 +171,19 @@ def test_loss_and_gradients_are_near_those_of_the_whole_weights(phi_dir: Path) -
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         assert torch.cosine_similarity(expected, gradients[1][name], dim=0) > 0.99, name
+
+
+def test_an_example_has_the_same_bits_in_a_packed_row(phi_dir: Path) -> None:
+    """Reference: the example alone, on the base without an adapter, whose products are all in int8."""
+    phi = load_phi2(resolve_base_model(str(phi_dir)), torch.float32, quantize=True)
+    examples = [
+        torch.randint(1, 500, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 64)
+    ]
+    positions = torch.cat([torch.arange(len(example)) for example in examples])[None]
+    with torch.no_grad():
+        packed = packed_forward(phi, torch.cat(examples)[None], positions)[0]
+        alone = [packed_forward(phi, example[None], torch.arange(len(example))[None])[0] for example in examples]
+    assert torch.equal(packed, torch.cat(alone))
 
 
 def test_recomputed_activations_give_the_same_gradients(phi_dir: Path) -> None:
