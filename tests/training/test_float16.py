@@ -287,3 +287,19 @@ def test_gradients_that_never_fit_end_the_run(phi_dir: Path, train_file: Path, t
         new_trainer(tmp_path, [Infinite()], max_epochs=30, limit_val_batches=0).fit(module, data)
     assert module.loss_scale is not None
     assert module.loss_scale.skipped_steps == list(range(1, 17))
+
+
+@pytest.mark.slow
+def test_the_packaged_base_learns_in_float16_what_it_learns_in_float32(tmp_path: Path) -> None:
+    """Five steps of tiny.yaml; the whole fit ends within 0.003 too (training/README.md)."""
+    losses = {}
+    files = {"train_files": "claims:train[:16]", "val_files": "claims:validation[:3]"}
+    for dtype in ("float32", "float16"):
+        module = LitPhi2(dtype=dtype, lora_r=16, lora_alpha=32, learning_rate=2e-3, max_new_tokens=4)
+        data = ClaimsDataModule(**files, base="tiny", max_length=1024, max_new_tokens=4)
+        trainer = new_trainer(tmp_path, max_steps=5, max_epochs=2)
+        trainer.fit(module, data)
+        losses[dtype] = trainer.callback_metrics["val/loss"].item()
+    assert losses["float16"] == pytest.approx(losses["float32"], abs=3e-3)
+    new_trainer(tmp_path).validate(module := LitPhi2(dtype="float32", max_new_tokens=4), data)
+    assert module.trainer.callback_metrics["val/loss"].item() > losses["float32"] + 0.01, "it learned"
