@@ -220,10 +220,11 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["--model.target_modules", "[Wqkv, gate]"],
         ["model.target_modules: 'gate' names no linear layer of this base; a block has dense, Wqkv, fc1, fc2"],
     ),
-    "float16": (["--model.dtype", "float16"], ["model.dtype: float16 is refused", "Use bfloat16, float32 or auto"]),
+    "a dtype that no device has": (["--model.dtype", "float8"], ["model.dtype: 'float8' is unknown"]),
+    "a quantization that there is not": (["--model.quantization", "nf4"], ["model.quantization: is 'nf4'; expected int8"]),
     "Lightning's mixed precision": (
         ["--trainer.precision", "bf16-mixed"],
-        ["trainer.precision: bf16-mixed", "model.dtype (auto, bfloat16 or float32)"],
+        ["trainer.precision: bf16-mixed", "model.dtype (auto, bfloat16, float16 or float32)"],
     ),
     "unknown accelerator": (["--trainer.accelerator", "gpux"], ["trainer.accelerator: 'gpux' is unknown", "auto, cpu"]),
     "negative seed": (["--seed_everything", "-1"], ["seed_everything: -1 is not between 0 and 4294967295"]),
