@@ -29,6 +29,7 @@ COLUMNS_FROM = 0.03  # error of a product; rounding alone costs 0.01 to 0.03
 MAX_ERROR = 0.1
 OUTLIER_RATIO = 16.0  # a column is an outlier whose largest value is so many times the root mean square of all
 MAX_COLUMNS = 64  # of a layer; so few cost little, and more mean that the layer is better left alone
+BLOCK_FEATURES = 4096
 MAX_TOKENS = 512  # that are measured
 
 
@@ -120,19 +121,25 @@ def _pack(examples: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def _measure(name: str, base: BaseModel, table: QuantizationTable, layer: Int8Linear, inputs: tuple[Tensor]) -> None:
     x = inputs[0].flatten(0, -2).float()
     weight = read_weight(base, name)
-    product = x @ weight.float().t()
-
-    def error() -> float:
-        return ((layer.matmul(x, use_bias=False) - product).norm() / product.norm()).item()
-
-    found: LayerError = {"error": error(), "columns": [], "is_quantized": True}
+    found: LayerError = {"error": relative_error(layer, x, weight), "columns": [], "is_quantized": True}
     if not found["error"] <= COLUMNS_FROM:
         found["columns"] = outlier_columns(x)
         set_outliers(layer, found["columns"], weight)
-        found["error"] = error()
+        found["error"] = relative_error(layer, x, weight)
         found["is_quantized"] = found["error"] <= MAX_ERROR
     table[name] = found
     _use(layer, found, lambda: weight)
+
+
+def relative_error(layer: Int8Linear, x: Tensor, weight: Tensor) -> float:
+    """|product of the layer - x W^T| / |x W^T|, some output features at a time: W is never whole in float32."""
+    error = norm = x.new_zeros(())
+    for start in range(0, len(weight), BLOCK_FEATURES):
+        features = slice(start, start + BLOCK_FEATURES)
+        product = x @ weight[features].float().t()
+        error = error + (layer.matmul(x, features=features, use_bias=False) - product).square().sum()
+        norm = norm + product.square().sum()
+    return (error / norm).sqrt().item()
 
 
 def outlier_columns(x: Tensor) -> list[int]:

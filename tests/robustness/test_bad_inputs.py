@@ -221,7 +221,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["model.target_modules: 'gate' names no linear layer of this base; a block has dense, Wqkv, fc1, fc2"],
     ),
     "a dtype that no device has": (["--model.dtype", "float8"], ["model.dtype: 'float8' is unknown"]),
-    "a quantization that there is not": (["--model.quantization", "nf4"], ["model.quantization: is 'nf4'; expected int8"]),
+    "an unknown quantization": (["--model.quantization", "nf4"], ["model.quantization: is 'nf4'; expected int8"]),
     "Lightning's mixed precision": (
         ["--trainer.precision", "bf16-mixed"],
         ["trainer.precision: bf16-mixed", "model.dtype (auto, bfloat16, float16 or float32)"],
