@@ -14,6 +14,8 @@ by block: the memory is saved, and x keeps its bits.
 """
 
 import functools
+import math
+import threading
 from typing import Any
 
 import torch
@@ -168,8 +170,9 @@ def quantize_into(weight: Tensor, values: Tensor, scale: Tensor) -> None:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) -> int8 (N, K) and float32 scales (N, 1), each of them the largest of its row / 127."""
-    scale = x.abs().amax(1, keepdim=True).float().div_(MAX_INT8).clamp_min_(TINY)
-    return (x / scale).round_().to(torch.int8), scale
+    magnitudes = torch.abs(x, out=_scratch(x, x.dtype, x.shape))
+    scale = magnitudes.amax(1, keepdim=True).float().div_(MAX_INT8).clamp_min_(TINY)
+    return torch.div(x, scale, out=_scratch(x, torch.float32, x.shape)).round_().to(torch.int8), scale
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,11 +199,30 @@ def int8_product(x: Tensor, matrix: Tensor, num_terms: int = 1) -> Tensor:
 
 
 def _int_matmul(values: Tensor, matrix: Tensor) -> Tensor:
-    """int8 (N, K) times int8 (K, M) -> int32 (N, M), exact."""
+    """int8 (N, K) times int8 (K, M) -> int32 (N, M), exact; the next product may reuse its memory."""
     missing = CUDA_MIN_ROWS - len(values)
-    if values.device.type != "cuda" or missing <= 0:
-        return torch._int_mm(values, matrix)  # a private name; torch's own quantization calls it
-    return torch._int_mm(nn.functional.pad(values, (0, 0, 0, missing)), matrix)[: len(values)]
+    if values.device.type == "cuda" and missing > 0:
+        return torch._int_mm(nn.functional.pad(values, (0, 0, 0, missing)), matrix)[: len(values)]
+    sums = _scratch(values, torch.int32, (len(values), matrix.shape[1]))
+    return torch._int_mm(values, matrix, out=sums)  # a private name; torch's own quantization calls it
+
+
+_kept = threading.local()
+
+
+def _scratch(like: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Memory for a moment, uninitialized. On a CPU it is that of the last call with this dtype.
+
+    New memory each time would be cut into by what a step keeps, and the heap would grow by gigabytes.
+    """
+    numel = math.prod(shape)
+    if like.device.type != "cpu":
+        return like.new_empty(shape, dtype=dtype)
+    kept: Any = _kept.__dict__  # by dtype
+    if dtype not in kept or kept[dtype].numel() < numel:
+        with torch.inference_mode(False):  # training writes to it, too
+            kept[dtype] = torch.empty(numel, dtype=dtype)
+    return kept[dtype][:numel].view(shape)
 
 
 def as_two_rows(x: Tensor) -> Tensor:

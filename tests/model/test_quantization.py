@@ -186,6 +186,17 @@ def test_an_example_has_the_same_bits_in_a_packed_row(phi_dir: Path) -> None:
     assert torch.equal(packed, torch.cat(alone))
 
 
+def test_products_in_inference_mode_leave_training_as_it_is(layer: Int8Linear) -> None:
+    """A fit answers samples between its steps, and both use the same memory for a moment."""
+    quantization._kept.__dict__.clear()
+    x = torch.randn(3, NUM_IN)
+    with torch.inference_mode():
+        answered = layer(x)
+    trained = layer(x.clone().requires_grad_(True))
+    trained.sum().backward()
+    assert torch.equal(answered, trained.detach())
+
+
 def test_recomputed_activations_give_the_same_gradients(phi_dir: Path) -> None:
     ids, positions = torch.randint(1, 500, (1, 60)), torch.arange(60)[None]
     gradients = []
