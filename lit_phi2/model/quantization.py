@@ -213,7 +213,7 @@ _kept = threading.local()
 def _scratch(like: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Memory for a moment, uninitialized. On a CPU it is that of the last call with this dtype.
 
-    New memory each time would be cut into by what a step keeps, and the heap would grow by gigabytes.
+    What a step keeps would lie between allocations of each product, and the heap would grow by gigabytes.
     """
     numel = math.prod(shape)
     if like.device.type != "cpu":

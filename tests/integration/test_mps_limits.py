@@ -116,7 +116,7 @@ def test_the_losses_of_records_use_only_what_mps_has(phi_dir: Path) -> None:
     module = new_module(phi_dir).to("meta")
     examples = [Example(str(n), list(range(5, 30 + n)), 4) for n in range(3)]
     lengths = np.array([len(example.ids) for example in examples])
-    with MpsLimits("meta"), pytest.raises(NotImplementedError, match="no data"):
+    with MpsLimits("meta"), pytest.raises(RuntimeError, match="no data"):
         example_nats(module.fused_phi, examples, lengths, BatchingConfig(128))
 
 
