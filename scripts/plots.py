@@ -156,6 +156,7 @@ def plot_int8(measurement: dict[str, Any]) -> Figure:
     for axis, title in zip(axes, ("train/loss", "val/loss"), strict=True):
         axis.set(xlabel="optimizer step", title=title)
         axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")  # a window of few records may have a loss fifty times as high
     axes[0].legend(title="frozen weights", frameon=False)
     figure.suptitle("tiny base, configs/tiny.yaml", fontsize=9)
     return figure
