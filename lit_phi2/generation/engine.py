@@ -20,13 +20,14 @@ from lit_phi2.errors import InputError, NonFiniteError
 from lit_phi2.generation.cache_attention import Segment
 from lit_phi2.generation.capacity import choose_num_slots
 from lit_phi2.generation.decoder import NOT_FINITE, Decoder
-from lit_phi2.generation.drafts import MAX_DRAFT_SLOTS, Drafter
+from lit_phi2.generation.drafts import Drafter
 from lit_phi2.generation.kv_cache import KVCache, round_up
 from lit_phi2.generation.slots import Generated, Slots, common_prefix
 from lit_phi2.generation.static_decoder import StaticDecoder
 from lit_phi2.generation.weights import prepare_weights
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
 
+MAX_DRAFT_SLOTS = 4  # on a GPU: passes that check drafts for more are not worth leaving the recorded one for
 MAX_PREFILL_TOKENS = 2048  # of one pass, unless a prompt alone is longer
 
 
@@ -164,7 +165,7 @@ class Engine:
         ids: list[int] = []
         segments, last_tokens = [], []
         for (start, source), (slot, sequence) in zip(self._slots.fill(slots, sequences), admitted, strict=True):
-            segments.append(Segment(slot, start, len(sequence.ids), source))
+            segments.append(Segment(slot, start, len(sequence.ids), source, of_prompt=True))
             ids += sequence.ids[start:]
             last_tokens.append(len(ids) - 1)
         chosen = self.decoder.forward(self._cache, ids, segments, last_tokens)
@@ -179,7 +180,8 @@ class Engine:
         if not active:
             return
         start = time.perf_counter()
-        drafts = self._draft([sequence for _, sequence in active])
+        may_draft = self._static_decoder is None or len(active) <= MAX_DRAFT_SLOTS
+        drafts = self._draft([sequence for _, sequence in active], may_draft)
         chosen = self._verify(active, drafts) if any(drafts) or self._static_decoder is None else self._one_each(active)
         seconds = time.perf_counter() - start
         self.num_passes += 1
@@ -190,7 +192,7 @@ class Engine:
             self.num_tokens += self._append(slot, sequence, chosen[first : first + num_accepted + 1], ended)
             accepted.append(num_accepted)
             first += 1 + len(draft)
-        if self.drafts is not None and len(active) <= MAX_DRAFT_SLOTS:
+        if self.drafts is not None and may_draft:
             self.drafts.observe(accepted, seconds)
 
     def _verify(self, active: list[tuple[int, Generated]], drafts: list[list[int]]) -> list[int]:
@@ -212,12 +214,13 @@ class Engine:
         chosen = self._static_decoder.forward(last_tokens)
         return [chosen[slot] for slot, _ in active]
 
-    def _draft(self, sequences: list[Generated]) -> list[list[int]]:
+    def _draft(self, sequences: list[Generated], may_draft: bool) -> list[list[int]]:
         """Tokens that may follow each sequence, with the one after them within its limit."""
-        if self.drafts is None or len(sequences) > MAX_DRAFT_SLOTS:
+        if self.drafts is None or not may_draft:
             return [[] for _ in sequences]
         limits = [sequence.max_length - len(sequence.ids) - 1 for sequence in sequences]
-        return self.drafts.propose([sequence.ids for sequence in sequences], limits)
+        keys, ids = [sequence.key for sequence in sequences], [sequence.ids for sequence in sequences]
+        return self.drafts.propose(keys, ids, limits)
 
     def _append(self, slot: int, sequence: Generated, tokens: list[int], ended: list[tuple[int, Completion]]) -> int:
         """Append tokens to the sequence of a slot, up to EOS; returns how many, EOS included."""

@@ -1,21 +1,20 @@
-"""N-grams: what followed the last tokens in the training responses, or in the prompt itself.
+"""N-grams: what followed the last tokens in the training responses, or earlier in the sequence itself.
 
     tokens     p p r r r r E  p p r r r E      the end of each prompt, its response, EOS
     order      positions of r and E, sorted by the tokens before them, the nearest first
     lookup     ... a b c  ->  the positions after the longest match of (c, b, a, ...) are one range of `order`
                -> the most frequent next token of that range, then the most frequent one after it, ...
 
-The index is two arrays of 4 bytes a token, whatever the length of a match. It holds the text of training responses, so
-it is kept in the folder of a run and is never exported.
+The index is looked up for all sequences of a pass at once. It holds the text of training responses, so it is kept in
+the folder of a run and is never exported.
 """
 
 import io
 import zipfile
-from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +23,28 @@ from lit_phi2.types import Example
 from lit_phi2.utils.files import atomic_write
 
 MAX_MATCH = 8  # tokens that a match may have; longer ones foretell no more (measured on the packaged records)
-MAX_TOKENS = 4_000_000  # of an index: 32 MB
-_MAX_CONTINUATIONS = 32  # of a match that are counted, evenly spaced over those that there are
+MAX_TOKENS = 4_000_000  # of an index: 32 MB in its file, 96 MB in memory
+MAX_TOKEN_ID = 2**16 - 2  # four tokens and the absence of one are compared as one number of 64 bits
+_MAX_SAMPLES = 16  # places of a match whose continuations are counted, evenly spaced over those that there are
 
 Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """What followed the last tokens of some sequences in the training responses.
+
+    Attributes:
+        ids: (S, K) the likeliest next tokens; any number where `support` is 0.
+        shares: (S, K) of the places that agree up to the token before, how many have this one.
+        support: (S, K) how many such places were counted.
+        matched: (S,) last tokens of each sequence that the places share.
+    """
+
+    ids: NDArray[Any]
+    shares: NDArray[Any]
+    support: NDArray[Any]
+    matched: NDArray[Any]
 
 
 class NgramIndex:
@@ -40,43 +57,55 @@ class NgramIndex:
 
     def __init__(self, tokens: Array, order: Array) -> None:
         self.tokens, self.order = tokens, order
-        self._tokens, self._order = tokens.data, order.data  # their items are Python's ints, read faster
+        self._near, self._far = (numbers[order] for numbers in _contexts(tokens))
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def lookup(self, ids: Sequence[int], count: int) -> tuple[list[int], int]:
-        """The likeliest next tokens after `ids`, and the number of tokens that matched.
+    def lookup(self, sequences: Sequence[Sequence[int]], count: int) -> Continuations:
+        """The likeliest next tokens of each sequence.
 
         Args:
-            ids: the last MAX_MATCH of them are compared.
-            count: at most so many tokens.
+            sequences: token ids; the last MAX_MATCH of each are compared.
+            count: K, at most so many tokens.
         """
-        begin, end, matched = 0, len(self.order), 0
-        for distance, token in enumerate(islice(reversed(ids), MAX_MATCH), start=1):
+        last = np.zeros((len(sequences), MAX_MATCH), np.uint64)
+        for row, ids in zip(last, sequences, strict=True):
+            tail = ids[: -MAX_MATCH - 1 : -1]
+            row[: len(tail)] = np.add(tail, 1)
+        begin, end, matched = self._matches(_pack(last[:, :4]), _pack(last[:, 4:]))
+        return self._continuations(begin, end, np.minimum(matched, [len(ids) for ids in sequences]), count)
 
-            def before(position: int, distance: int = distance) -> int:
-                return self._tokens[position - distance] if position >= distance else -1
+    def _matches(self, near: NDArray[Any], far: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """The range of `order` with the longest match of each context, and how long that is."""
+        begin, end, matched = _longest_match(self._near, near)
+        for row in np.flatnonzero(matched == MAX_MATCH // 2):
+            within = self._far[begin[row] : end[row]]
+            first, last, further = _longest_match(within, far[row : row + 1])
+            if further[0]:
+                begin[row], end[row] = begin[row] + first[0], begin[row] + last[0]
+                matched[row] += further[0]
+        return begin, end, matched
 
-            left = bisect_left(self._order, token, begin, end, key=before)
-            right = bisect_right(self._order, token, left, end, key=before)
-            if left == right:
-                break
-            begin, end, matched = left, right, distance
-        if not matched:
-            return [], 0
-        step = max(1, (end - begin) // _MAX_CONTINUATIONS)
-        return self._frequent_continuation(self.order[begin:end:step].tolist(), count), matched
-
-    def _frequent_continuation(self, positions: list[int], count: int) -> list[int]:
-        """The most frequent token, of those followed by it the most frequent next token, and so on."""
-        continuation: list[int] = []
-        while len(continuation) < count and positions:
-            token = Counter(self._tokens[position] for position in positions).most_common(1)[0][0]
-            continuation.append(token)
-            last = len(self._tokens) - 1
-            positions = [p + 1 for p in positions if self._tokens[p] == token and p < last]
-        return continuation
+    def _continuations(self, begin: NDArray[Any], end: NDArray[Any], matched: NDArray[Any], count: int) -> Continuations:
+        num_places = np.where(matched > 0, end - begin, 0)[:, None]
+        samples = np.arange(_MAX_SAMPLES)
+        agree = samples < num_places  # (S, samples)
+        spread = np.where(num_places > _MAX_SAMPLES, samples * num_places // _MAX_SAMPLES, samples)
+        places = self.order[np.where(agree, begin[:, None] + spread, 0)] if len(self.order) else 0 * spread
+        rows = np.arange(len(begin))
+        ids, shares, support = (np.zeros((len(begin), count), dtype) for dtype in (np.int64, np.float64, np.int64))
+        for step in range(count):
+            agree = agree & (places + step < len(self.tokens))
+            tokens = self.tokens[np.where(agree, places + step, 0)] if len(self.tokens) else places
+            equal = (tokens[:, :, None] == tokens[:, None, :]) & agree[:, None, :]
+            votes = np.where(agree, equal.sum(-1), 0)
+            best = votes.argmax(-1)
+            support[:, step] = agree.sum(-1)
+            ids[:, step] = tokens[rows, best]
+            shares[:, step] = votes[rows, best] / np.maximum(support[:, step], 1)
+            agree = agree & (tokens == ids[:, step, None])
+        return Continuations(ids, shares, support, matched)
 
     def save(self, file: Path) -> None:
         """Write the index in numpy's .npz form; a reader finds the old file or the new one."""
@@ -94,6 +123,7 @@ class NgramIndex:
             return None
         valid = all(array.ndim == 1 and array.dtype == np.int32 for array in (tokens, order))
         in_range = valid and (not len(order) or (order.min() >= 0 and order.max() < len(tokens)))
+        in_range = in_range and 0 <= tokens.min(initial=0) and tokens.max(initial=0) <= MAX_TOKEN_ID
         return cls(tokens, order) if in_range else None
 
 
@@ -111,44 +141,63 @@ def build_index(examples: Iterable[Example], *, max_tokens: int = MAX_TOKENS) ->
     in_response = np.ones(len(tokens), bool)
     for begin, end in starts:
         in_response[begin:end] = False
-    order = _sort_by_context(tokens)
+    if tokens.max(initial=0) > MAX_TOKEN_ID:
+        raise ValueError(f"token {tokens.max()} of a training response; expected at most {MAX_TOKEN_ID}")
+    near, far = _contexts(tokens)
+    order = np.lexsort((far, near)).astype(np.int32)
     return NgramIndex(tokens, np.ascontiguousarray(order[in_response[order]]))
 
 
-def _sort_by_context(tokens: Array) -> Array:
-    """All positions, sorted by the MAX_MATCH tokens before them, the nearest first.
-
-    Prefix doubling (Manber and Myers 1990): the rank by 2 w tokens is that by the pair of ranks by w tokens.
-    """
-    rank = np.zeros(len(tokens), np.int64)  # of the position's context, of `width` tokens; 0 before the first token
-    rank[1:] = tokens[:-1].astype(np.int64) + 1
-    width = 1
-    while width < MAX_MATCH:
-        further = np.zeros_like(rank)
-        further[width:] = rank[:-width]
-        rank = np.unique(rank * (rank.max(initial=0) + 1) + further, return_inverse=True)[1]
-        width *= 2
-    return np.argsort(rank, kind="stable").astype(np.int32)
+def _contexts(tokens: Array) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The MAX_MATCH tokens before each position as two numbers, whose order is that of the tokens, the nearest first."""
+    padded = np.zeros(len(tokens) + MAX_MATCH, np.uint64)
+    padded[MAX_MATCH:] = tokens
+    padded[MAX_MATCH:] += np.uint64(1)
+    before = [padded[MAX_MATCH - distance : len(padded) - distance] for distance in range(1, MAX_MATCH + 1)]
+    return _pack(np.stack(before[:4], -1)), _pack(np.stack(before[4:], -1))
 
 
-def lookup_prompt(ids: Sequence[int], count: int) -> tuple[list[int], int]:
-    """What followed the latest of the longest matches of the last tokens in `ids` itself, and the length of the match.
+def _pack(tokens: NDArray[Any]) -> NDArray[Any]:
+    """(n, 4) numbers below 2^16 -> (n,) numbers of 64 bits in the same order."""
+    packed: NDArray[Any] = tokens @ np.array([1 << 48, 1 << 32, 1 << 16, 1], np.uint64)
+    return packed
 
-    Prompt lookup (Saxena 2023). A match has at least 2 tokens: one token alone foretells little.
 
-    >>> lookup_prompt([7, 1, 2, 3, 8, 9, 1, 2], 2)
-    ([3, 8], 2)
-    """
-    array = np.asarray(ids, np.int32)
-    ends = np.flatnonzero(array[:-1] == array[-1]) if len(array) else np.empty(0, np.int64)
-    matched = 0
-    for distance in range(1, MAX_MATCH + 1):
-        if not len(ends):
-            break
-        longest, matched = ends, distance
-        ends = ends[ends >= distance]
-        ends = ends[array[ends - distance] == array[-1 - distance]] if distance < len(array) else ends[:0]
-    if matched < 2:
-        return [], 0
-    start = int(longest[-1]) + 1
-    return list(ids[start : start + count]), matched
+def _longest_match(numbers: NDArray[Any], wanted: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Which of some sorted packed numbers begin with the most tokens of each wanted one, and with how many, 0 to 4."""
+    if not len(numbers):
+        return (np.zeros(len(wanted), np.int64),) * 3
+    place = np.searchsorted(numbers, wanted)
+    matched = np.zeros(len(wanted), np.int64)
+    for neighbour in (np.maximum(place - 1, 0), np.minimum(place, len(numbers) - 1)):
+        differing = numbers[neighbour] ^ wanted
+        equal = sum((differing < np.uint64(1 << bits)).astype(np.int64) for bits in (48, 32, 16, 0))
+        matched = np.maximum(matched, equal)
+    rest = np.array([2**64 - 1, 2**48 - 1, 2**32 - 1, 2**16 - 1, 0], np.uint64)[matched]
+    first = wanted & ~rest
+    return np.searchsorted(numbers, first), np.searchsorted(numbers, first | rest, side="right"), matched
+
+
+class SequenceIndex:
+    """Where two tokens occurred last in a sequence that grows (prompt lookup, Saxena 2023)."""
+
+    def __init__(self) -> None:
+        self._after: dict[tuple[int, int], int] = {}
+        self._length = 2  # of the sequence, as far as pairs of its tokens are known
+
+    def lookup(self, ids: Sequence[int], count: int) -> tuple[list[int], int]:
+        """What followed the last two tokens where they occurred before, and how many tokens match there.
+
+        >>> SequenceIndex().lookup([7, 1, 2, 3, 8, 9, 1, 2], 2)
+        ([3, 8], 2)
+        """
+        for end in range(self._length, len(ids)):
+            self._after[ids[end - 2], ids[end - 1]] = end
+        self._length = max(2, len(ids))
+        start = self._after.get((ids[-2], ids[-1])) if len(ids) >= 2 else None
+        if start is None:
+            return [], 0
+        matched = 2
+        while matched < MAX_MATCH and matched < start and ids[start - 1 - matched] == ids[-1 - matched]:
+            matched += 1
+        return list(ids[start : start + count]), matched
