@@ -92,9 +92,7 @@ class CacheAttention:
             heads = (x.flatten(0, 1) for x in (query, keys, values))
             output = _attend_few(*heads, group.mask, self.scaling).unflatten(0, (num_slots, -1))
         else:
-            output = attend(
-                query, keys, values, attn_mask=group.mask, is_causal=group.mask is None, scale=self.scaling
-            )
+            output = attend(query, keys, values, attn_mask=group.mask, is_causal=group.mask is None, scale=self.scaling)
         output = output.transpose(1, 2).flatten(0, 1)
         return output if group.places is None else output[group.places]
 
@@ -137,7 +135,7 @@ class Group:
         self.num_tokens, self.length = sum(counts), max(segment.end for segment in segments)
         self.is_batched = not segments[0].of_prompt and shape.dtype == torch.float32 and device.type == "cpu"
         self.rows = self.places = self.mask = None
-        if len(segments) == 1 and segments[0].start == 0:
+        if segments[0].of_prompt and segments[0].start == 0:
             return
         self.length = round_up(self.length, MASK_STEP)
         num_queries = max(*counts, MIN_QUERIES if self.is_batched else 1)

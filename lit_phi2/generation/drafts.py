@@ -26,7 +26,7 @@ MAX_DRAFT_OF_MANY = 3  # so that attention has one shape, and its products the l
 LOSS_SHARE = 0.01  # of the time, that drafts may lose while it is measured whether they pay
 _FREE_PASSES = 4  # whose time may be lost from the start
 _NUM_TIMES = 15  # last passes, whose median is the time of one
-_MAX_INTERVAL = 64  # passes after which one without drafts is timed again
+_INTERVAL_STEP = 4  # passes with drafts between two that are timed without, for each of those so far
 _COUNT_LIMIT = 256  # where counts are halved, so that acceptance follows the text
 _CERTAIN = 4  # places that agree; more say no more
 
@@ -101,9 +101,7 @@ class Drafter:
         num_drafted = sum(len(draft.ids) for draft in self._proposed) if self._proposed else None
         self.times.observe(len(num_accepted), num_drafted, sum(num_accepted), seconds)
 
-    def _lookup(
-        self, keys: Sequence[int], sequences: Sequence[Sequence[int]], limits: Sequence[int]
-    ) -> list[Draft]:
+    def _lookup(self, keys: Sequence[int], sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Draft]:
         """Of each completion the draft with more tokens to expect: the sequence's own or the training responses'."""
         longest = MAX_DRAFT_OF_MANY if len(keys) >= MANY_SLOTS else MAX_DRAFT
         self._sequences = {key: self._sequences.get(key) or SequenceIndex() for key in keys}
@@ -145,11 +143,11 @@ def best_lengths(chances: Sequence[Sequence[float]], plain: float, extra: float)
     """
     lengths = [0] * len(chances)
     tokens, seconds = float(len(chances)), plain
-    for chance, draft in sorted(((c, k) for k, draft in enumerate(chances) for c in draft), reverse=True):
+    for chance, number in sorted(((c, k) for k, draft in enumerate(chances) for c in draft), reverse=True):
         if chance * seconds <= extra * tokens:
             break
         tokens, seconds = tokens + chance, seconds + extra
-        lengths[draft] += 1
+        lengths[number] += 1
     return lengths
 
 
@@ -190,7 +188,7 @@ class PassTimes:
     def may_draft(self, num_slots: int) -> bool:
         """Whether drafts have lost no more than they may, and no pass without them is to be timed."""
         times = self._plain.get(_size(num_slots), ())
-        is_due = self._num_drafting.get(_size(num_slots), 0) >= min(_MAX_INTERVAL, 4 * len(times))
+        is_due = self._num_drafting.get(_size(num_slots), 0) >= _INTERVAL_STEP * len(times)
         return not is_due and self._lost <= LOSS_SHARE * self._elapsed + _FREE_PASSES * median(times)
 
     def estimate(self, num_slots: int) -> tuple[float, float]:

@@ -87,7 +87,9 @@ class NgramIndex:
                 matched[row] += further[0]
         return begin, end, matched
 
-    def _continuations(self, begin: NDArray[Any], end: NDArray[Any], matched: NDArray[Any], count: int) -> Continuations:
+    def _continuations(
+        self, begin: NDArray[Any], end: NDArray[Any], matched: NDArray[Any], count: int
+    ) -> Continuations:
         num_places = np.where(matched > 0, end - begin, 0)[:, None]
         samples = np.arange(_MAX_SAMPLES)
         agree = samples < num_places  # (S, samples)
@@ -123,7 +125,7 @@ class NgramIndex:
             return None
         valid = all(array.ndim == 1 and array.dtype == np.int32 for array in (tokens, order))
         in_range = valid and (not len(order) or (order.min() >= 0 and order.max() < len(tokens)))
-        in_range = in_range and 0 <= tokens.min(initial=0) and tokens.max(initial=0) <= MAX_TOKEN_ID
+        in_range = in_range and tokens.min(initial=0) >= 0 and tokens.max(initial=0) <= MAX_TOKEN_ID
         return cls(tokens, order) if in_range else None
 
 
@@ -149,7 +151,7 @@ def build_index(examples: Iterable[Example], *, max_tokens: int = MAX_TOKENS) ->
 
 
 def _contexts(tokens: Array) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The MAX_MATCH tokens before each position as two numbers, whose order is that of the tokens, the nearest first."""
+    """The MAX_MATCH tokens before each position as two numbers, in the order of those tokens, the nearest first."""
     padded = np.zeros(len(tokens) + MAX_MATCH, np.uint64)
     padded[MAX_MATCH:] = tokens
     padded[MAX_MATCH:] += np.uint64(1)

@@ -2,7 +2,7 @@
 
     fit       examples of train     -> drafts.npz, before the first step
     predict   drafts.npz            -> what drafts are looked up in (`generation/drafts.py`)
-              none, few prompts     -> built again from train_files, and not written
+              none, or a broken one -> built again from train_files, and not written
 
 The file holds the text of training responses as token ids, so it stays in the run's folder: nothing exports it. It
 decides how fast completions come and never what they say, so a missing or broken one is no error.
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lit_phi2.data.encode import encode
 from lit_phi2.errors import InputError
-from lit_phi2.generation.drafts import MAX_DRAFT_SLOTS
 from lit_phi2.generation.ngrams import NgramIndex, build_index
 from lit_phi2.pretrained import load_tokenizer, resolve_base_model
 from lit_phi2.training.protocols import TrainingData
@@ -32,18 +31,17 @@ def write_draft_index(run_dir: Path, examples: Iterable[Example]) -> NgramIndex:
     return index
 
 
-def find_draft_index(run_dir: Path, data: TrainingData, *, num_prompts: int | None) -> NgramIndex | None:
-    """The index of the run in a folder; None where there is no run, or where building it again would not pay.
+def find_draft_index(run_dir: Path, data: TrainingData) -> NgramIndex | None:
+    """The index of the run in a folder; None where there is no run, or its records are gone.
 
     Args:
         run_dir: that a checkpoint belongs to.
         data: whose train_files are read if the run has no index.
-        num_prompts: to complete; None for many, whose passes have no drafts until few are left.
     """
     if not (run_dir / "config.yaml").is_file():  # an exported adapter
         return None
     index = NgramIndex.load(run_dir / INDEX_FILE)
-    if index is not None or num_prompts is None or num_prompts > MAX_DRAFT_SLOTS:
+    if index is not None:
         return index
     try:
         records = data.training_records()

@@ -96,6 +96,7 @@ class Trainer(AuditTrainer):
             datamodule.check_context_length("test", max_completions)
             self.callbacks.append(collector)
         self.write_rejected(datamodule, file.parent)
+        self._find_drafts(model, datamodule, ckpt_path)
         super().test(model, datamodule=datamodule, verbose=False)
         metrics = {name: value.item() for name, value in self.callback_metrics.items()}
         if not self.is_global_zero:
@@ -153,7 +154,7 @@ class Trainer(AuditTrainer):
         file = partial_file(file) if is_partial else file
         problem = f"--output {file}: another predict is writing it. Wait until it ends, or give another --output."
         with locked(self, file.with_name(file.name + ".lock"), problem):
-            self._find_drafts(model, datamodule, ckpt_path, len(datamodule.splits["predict"].examples))
+            self._find_drafts(model, datamodule, ckpt_path)
             self._predict_to(file, model, datamodule, is_partial=is_partial)
 
     def _predict_to(self, file: Path, model: LitPhi2, datamodule: ClaimsDataModule, *, is_partial: bool) -> None:
@@ -188,7 +189,7 @@ class Trainer(AuditTrainer):
             # As a record: the model was trained on placeholders.
             texts = redact(list(question.values()), datamodule.read_options.redact).texts
             prompt = model.encode_question(dict(zip(question, texts, strict=True)))
-            self._find_drafts(model, datamodule, ckpt_path, 1)
+            self._find_drafts(model, datamodule, ckpt_path)
             model.load_for_answers()
             engine, tokenizer = model.new_engine(expected_prompts=1), load_tokenizer(model.checked.model)
             print_completion(engine, prompt, tokenizer, question=texts, kinds=datamodule.output_kinds)
@@ -205,7 +206,7 @@ class Trainer(AuditTrainer):
             self.write_rejected(datamodule, self.output_dir_for(ckpt_path))
             split = datamodule.splits["predict"]
             total, source = len(split.examples), zip(split.records, split.examples, strict=True)
-        self._find_drafts(model, datamodule, ckpt_path, total)
+        self._find_drafts(model, datamodule, ckpt_path)
         model.load_for_answers()
         print_predictions(
             model.new_engine(expected_prompts=total),
@@ -299,11 +300,9 @@ class Trainer(AuditTrainer):
         model.check()
         model.check_data(datamodule)
 
-    def _find_drafts(
-        self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None, num_prompts: int | None
-    ) -> None:
+    def _find_drafts(self, model: LitPhi2, datamodule: ClaimsDataModule, ckpt_path: str | None) -> None:
         if model.drafts:
-            model.draft_index = find_draft_index(self.output_dir_for(ckpt_path), datamodule, num_prompts=num_prompts)
+            model.draft_index = find_draft_index(self.output_dir_for(ckpt_path), datamodule)
 
     def _is_limited(self, limit: int | float, num_batches: int) -> bool:
         """Whether a limit of the Trainer, or fast_dev_run, leaves out some of the batches of each process."""

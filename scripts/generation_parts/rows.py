@@ -78,15 +78,17 @@ class Line:
 def tiny(settings: Settings) -> Iterator[Line]:
     """The packaged test records, beside transformers and beside the former predict."""
     questions = read_questions("tiny", "claims:test", settings.records)
-    base = SystemSettings("ours", "tiny", settings.tiny_adapter)
+    plain = SystemSettings("ours", "tiny", settings.tiny_adapter)
+    base = replace(plain, learned="claims:train")
     limits = [settings.max_new_tokens] * len(questions)
-    best, calibration = _best_transformers(settings, replace(base, name="transformers"), questions, limits)
-    systems = {"ours": base, "transformers": best, "former": replace(base, name="former")}
+    best, calibration = _best_transformers(settings, replace(plain, name="transformers"), questions, limits)
+    systems = {"ours": base, "without drafts": plain, "transformers": best, "former": replace(plain, name="former")}
     runs = _alternate(settings, systems, questions, limits)
     found = f"{len(questions)} records; transformers at its best, {best.dtype} in batches of {best.batch_size}"
     details = {"calibration": calibration}
     yield _ratio("tiny base, beside transformers", runs, "transformers", (2.5, 4.0), found, details)
     yield _ratio("tiny base, beside the former predict", runs, "former", (4.0, 7.0), f"{len(questions)} records")
+    yield _ratio("tiny base, beside no drafts", runs, "without drafts", (None, None), f"{len(questions)} records")
 
 
 def bandwidth(settings: Settings) -> Iterator[Line]:
@@ -289,7 +291,7 @@ def _ratio(
     name: str,
     runs: dict[str, list[tuple[float, int]]],
     peer: str,
-    bars: tuple[float, float],
+    bars: tuple[float | None, float | None],
     note: str,
     details: dict[str, Any] | None = None,
 ) -> Line:

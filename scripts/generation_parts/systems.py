@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 from transformers.utils import logging
 
+from generation_parts.texts import read_examples
 from lit_phi2.adapters.checkpoint import read_adapter
 from lit_phi2.generation.drafts import Drafter
 from lit_phi2.generation.engine import Engine
@@ -45,6 +46,7 @@ class SystemSettings:
         quantization: of ours; int8 or None.
         batch_size: of transformers.
         ends: whether EOS ends a completion.
+        learned: of ours; records whose responses drafts are looked up in, None for no drafts.
         threads: of torch; None for its default.
         clock: wall, or cpu for the processor time of the process: of one thread, on a machine that has other work.
     """
@@ -56,6 +58,7 @@ class SystemSettings:
     quantization: str | None = None
     batch_size: int = 8
     ends: bool = True
+    learned: str | None = None
     threads: int | None = None
     clock: str = "wall"
 
@@ -78,6 +81,8 @@ class Ours(System):
         super().__init__(settings)
         self.module = load_module(settings)
         self.eos_token_id = self.module.eos_token_id if settings.ends else NO_EOS
+        learned = settings.learned
+        self.index = None if learned is None else build_index(read_examples(settings.base, learned, None))
 
     def engine(self, limits: Sequence[int], **options: Any) -> Engine:
         return Engine(
@@ -90,7 +95,8 @@ class Ours(System):
 
     def complete(self, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
         """New tokens of each prompt, at most its limit, in order."""
-        engine = self.engine(limits)
+        drafts = Drafter(self.index, eos_token_id=self.eos_token_id) if self.index is not None else None
+        engine = self.engine(limits, drafts=drafts)
         for key in sorted(range(len(prompts)), key=lambda key: len(prompts[key]), reverse=True):
             engine.submit(key, prompts[key], limits[key])
         completions: dict[int, list[int]] = {}

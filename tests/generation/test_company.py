@@ -5,6 +5,7 @@ products are exact. Where a machine's library adds otherwise, these tests say so
 """
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from helpers import new_module
+from lit_phi2.generation.cache_attention import MIN_QUERIES
+from lit_phi2.generation.drafts import Drafter
 from lit_phi2.generation.engine import Engine
 from lit_phi2.model.loading import frozen_linears
 from lit_phi2.training.module import LitPhi2
@@ -33,14 +36,56 @@ def adds_in_one_order(module: LitPhi2) -> bool:
     return True
 
 
+def multiplies_heads_in_one_order(module: LitPhi2) -> bool:
+    """Whether attention over a slot gives a token the same bits beside any number of others of its slot."""
+    generator = torch.Generator().manual_seed(0)
+    width = module.fused_phi.model.layers[0].self_attn.head_dim
+    query, keys = torch.randn(8, 9, width, generator=generator), torch.randn(8, 96, width, generator=generator)
+    whole = torch.bmm(query, keys.transpose(1, 2))
+    parts = [torch.bmm(query[:, :count].contiguous(), keys.transpose(1, 2)) for count in range(MIN_QUERIES, 10)]
+    return all(torch.equal(part, whole[:, : part.shape[1]]) for part in parts)
+
+
 @pytest.fixture(scope="module", params=[None, "int8"])
 def module(phi_dir: Path, request: pytest.FixtureRequest) -> LitPhi2:
     return new_module(phi_dir, quantization=request.param)
 
 
-def logits_of(module: LitPhi2, before: Prompts, prompt: list[int], after: Prompts, max_slots: int = 8) -> Tensor:
+class Foreseen(Drafter):
+    """Drafts for one completion what it will be, with a wrong token at the end; 1, 2, ... 8 tokens in turn."""
+
+    def __init__(self, key: int, prompt_length: int, completion: list[int]) -> None:
+        super().__init__(None, eos_token_id=-1)
+        self.key, self.prompt_length, self.completion = key, prompt_length, completion
+        self.length = self.num_drafts = 0
+
+    def propose(
+        self, keys: Sequence[int], sequences: Sequence[Sequence[int]], limits: Sequence[int]
+    ) -> list[list[int]]:
+        self.length, drafts = 0, []
+        for key, ids, limit in zip(keys, sequences, limits, strict=True):
+            done, draft = len(ids) - self.prompt_length, []
+            if key == self.key:
+                draft = [*self.completion[done : done + self.num_drafts % 8], 1][:limit]
+                self.length = len(draft)
+                self.num_drafts += 1
+            drafts.append(draft)
+        return drafts
+
+    def observe(self, num_accepted: Sequence[int], seconds: float) -> None:
+        pass
+
+
+def logits_of(
+    module: LitPhi2,
+    before: Prompts,
+    prompt: list[int],
+    after: Prompts,
+    max_slots: int = 8,
+    drafts: Foreseen | None = None,
+) -> Tensor:
     """(NUM_TOKENS, V): of a prompt's completion, submitted between others."""
-    engine = Engine(module.fused_phi, eos_token_id=-1, max_new_tokens=NUM_TOKENS, max_slots=max_slots)
+    engine = Engine(module.fused_phi, eos_token_id=-1, max_new_tokens=NUM_TOKENS, max_slots=max_slots, drafts=drafts)
     choose, weights = engine.decoder.choose, engine.decoder.weights
     rows: list[Tensor] = []  # of a pass, in the order in which its tokens are reported
     logits: list[Tensor] = []
@@ -51,9 +96,11 @@ def logits_of(module: LitPhi2, before: Prompts, prompt: list[int], after: Prompt
         return choose(hidden)
 
     def take(key: int, ids: list[int]) -> None:
-        row = rows.pop(0)
+        num_rows = 1
         if key == len(before):
-            logits.append(row)
+            logits.extend(rows[: len(ids)])
+            num_rows += drafts.length if drafts else 0
+        del rows[:num_rows]
 
     engine.decoder.choose = keep  # type: ignore[method-assign]
     engine.on_tokens = take
@@ -89,6 +136,19 @@ def test_logits_do_not_depend_on_company(module: LitPhi2, length: int, before: l
     if adds_in_one_order(module):
         assert torch.equal(alone, beside)
     torch.testing.assert_close(alone, beside, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [[], [20] * 6], ids=["alone", "in slot 6"])
+@pytest.mark.parametrize("length", [2, 30, 90])
+def test_drafted_tokens_have_the_logits_of_a_pass_of_their_own(module: LitPhi2, length: int, before: list[int]) -> None:
+    (prompt,) = random_prompts(0, [length])
+    alone = logits_of(module, [], prompt, [])
+    drafts = Foreseen(len(before), length, alone.argmax(-1).tolist())
+    drafted = logits_of(module, random_prompts(1, before), prompt, [], drafts=drafts)
+    assert 2 < drafts.num_drafts < NUM_TOKENS - 1, "fewer passes than tokens"
+    if adds_in_one_order(module) and multiplies_heads_in_one_order(module):
+        assert torch.equal(alone, drafted)
+    torch.testing.assert_close(alone, drafted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_shared", [15, 16, 17, 64, 99])

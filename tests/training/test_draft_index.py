@@ -8,7 +8,6 @@ import pytest
 
 from helpers import fill_lora_b, new_data, new_module, new_trainer
 from lit_phi2.cli.main import main
-from lit_phi2.generation.drafts import MAX_DRAFT_SLOTS
 from lit_phi2.generation.ngrams import NgramIndex
 from lit_phi2.pretrained import load_tokenizer, resolve_base_model
 from lit_phi2.training.draft_index import INDEX_FILE, find_draft_index
@@ -39,17 +38,16 @@ def test_model_drafts_false_keeps_no_text(phi_dir: Path, train_file: Path, tmp_p
     assert module.new_engine().drafts is None
 
 
-def test_a_missing_index_is_built_again_for_few_prompts(run: Path, phi_dir: Path, train_file: Path) -> None:
+def test_a_missing_or_broken_index_is_built_again(run: Path, phi_dir: Path, train_file: Path) -> None:
     data = new_data(phi_dir, train_file)
-    expected = find_draft_index(run, data, num_prompts=None)
+    expected = find_draft_index(run, data)
     assert expected is not None
     for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(b"PK")):
         damage(run / INDEX_FILE)
         content = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-        built = find_draft_index(run, data, num_prompts=1)
+        built = find_draft_index(run, data)
         assert built is not None
         assert built.tokens.tolist() == expected.tokens.tolist()
-        assert find_draft_index(run, data, num_prompts=MAX_DRAFT_SLOTS + 1) is None
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == content, "it writes nothing"
         (run / INDEX_FILE).touch()
 
@@ -57,14 +55,14 @@ def test_a_missing_index_is_built_again_for_few_prompts(run: Path, phi_dir: Path
 def test_a_run_whose_records_are_gone_has_no_index(run: Path, phi_dir: Path, train_file: Path) -> None:
     (run / INDEX_FILE).unlink()
     train_file.unlink()
-    assert find_draft_index(run, new_data(phi_dir, train_file), num_prompts=1) is None
+    assert find_draft_index(run, new_data(phi_dir, train_file)) is None
 
 
 def test_an_exported_adapter_has_no_index(run: Path, phi_dir: Path, train_file: Path, tmp_path: Path) -> None:
     arguments = ["--model.base", str(phi_dir), "--ckpt_path", str(run), "--output_dir", str(tmp_path / "out")]
     assert main(["export", *arguments, "--check", "0"]) == 0
     assert not list((tmp_path / "out").rglob("*.npz"))
-    assert find_draft_index(tmp_path / "out", new_data(phi_dir, train_file), num_prompts=1) is None
+    assert find_draft_index(tmp_path / "out", new_data(phi_dir, train_file)) is None
 
 
 def test_predictions_are_the_same_with_drafts_and_without(
