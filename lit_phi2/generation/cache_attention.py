@@ -89,8 +89,8 @@ class CacheAttention:
         query = query.unflatten(0, (num_slots, -1)).transpose(1, 2)  # (S, H, Q, d)
         if group.is_batched:
             assert group.mask is not None
-            heads = (x.flatten(0, 1) for x in (query, keys, values))
-            output = _attend_few(*heads, group.mask, self.scaling).unflatten(0, (num_slots, -1))
+            query, keys, values = query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+            output = _attend_few(query, keys, values, group.mask, self.scaling).unflatten(0, (num_slots, -1))
         else:
             output = attend(query, keys, values, attn_mask=group.mask, is_causal=group.mask is None, scale=self.scaling)
         output = output.transpose(1, 2).flatten(0, 1)
@@ -139,7 +139,9 @@ class Group:
             return
         self.length = round_up(self.length, MASK_STEP)
         num_queries = max(*counts, MIN_QUERIES if self.is_batched else 1)
-        rows, places, positions = [], [], []
+        rows: list[int] = []
+        places: list[int] = []
+        positions: list[list[int]] = []
         for slot, (segment, count) in enumerate(zip(segments, counts, strict=True)):
             padding = [0] * (num_queries - count)
             rows += [len(places) + place for place in (*range(count), *padding)]

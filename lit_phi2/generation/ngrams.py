@@ -23,7 +23,7 @@ from lit_phi2.types import Example
 from lit_phi2.utils.files import atomic_write
 
 MAX_MATCH = 8  # tokens that a match may have; longer ones foretell no more (measured on the packaged records)
-MAX_TOKENS = 4_000_000  # of an index: 32 MB in its file, 96 MB in memory
+MAX_TOKENS = 4_000_000  # of an index: 32 MB in its file, 128 MB in memory
 MAX_TOKEN_ID = 2**16 - 2  # four tokens and the absence of one are compared as one number of 64 bits
 _MAX_SAMPLES = 16  # places of a match whose continuations are counted, evenly spaced over those that there are
 
@@ -57,7 +57,11 @@ class NgramIndex:
 
     def __init__(self, tokens: Array, order: Array) -> None:
         self.tokens, self.order = tokens, order
-        self._near, self._far = (numbers[order] for numbers in _contexts(tokens))
+        near, far = (numbers[order] for numbers in _contexts(tokens))
+        self._near = near
+        self._far_values, far_rank = np.unique(far, return_inverse=True)
+        group = np.cumsum(np.diff(near, prepend=near[:1]) != 0, dtype=np.uint64)  # places with the same near tokens
+        self._far = group << np.uint64(32) | far_rank.astype(np.uint64)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -78,13 +82,21 @@ class NgramIndex:
 
     def _matches(self, near: NDArray[Any], far: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """The range of `order` with the longest match of each context, and how long that is."""
-        begin, end, matched = _longest_match(self._near, near)
-        for row in np.flatnonzero(matched == MAX_MATCH // 2):
-            within = self._far[begin[row] : end[row]]
-            first, last, further = _longest_match(within, far[row : row + 1])
-            if further[0]:
-                begin[row], end[row] = begin[row] + first[0], begin[row] + last[0]
-                matched[row] += further[0]
+        begin, end, matched = np.zeros((3, len(near)), np.int64)
+        if not len(self):
+            return begin, end, matched
+        for length in range(1, 5):
+            first, last = _bounds(near, length)
+            longer = np.searchsorted(self._near, first), np.searchsorted(self._near, last, side="right")
+            _keep_longer(begin, end, matched, longer, length)
+        group = self._far[begin] >> np.uint64(32) << np.uint64(32)
+        has_all_near = matched == 4
+        for length in range(1, 5):
+            first, last = _bounds(far, length)
+            ranks = np.searchsorted(self._far_values, first), np.searchsorted(self._far_values, last, side="right")
+            begin_far, end_far = (np.searchsorted(self._far, group | rank.astype(np.uint64)) for rank in ranks)
+            longer = begin_far, np.where(has_all_near, end_far, begin_far)
+            _keep_longer(begin, end, matched, longer, 4 + length)
         return begin, end, matched
 
     def _continuations(
@@ -165,19 +177,22 @@ def _pack(tokens: NDArray[Any]) -> NDArray[Any]:
     return packed
 
 
-def _longest_match(numbers: NDArray[Any], wanted: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Which of some sorted packed numbers begin with the most tokens of each wanted one, and with how many, 0 to 4."""
-    if not len(numbers):
-        return (np.zeros(len(wanted), np.int64),) * 3
-    place = np.searchsorted(numbers, wanted)
-    matched = np.zeros(len(wanted), np.int64)
-    for neighbour in (np.maximum(place - 1, 0), np.minimum(place, len(numbers) - 1)):
-        differing = numbers[neighbour] ^ wanted
-        equal = sum((differing < np.uint64(1 << bits)).astype(np.int64) for bits in (48, 32, 16, 0))
-        matched = np.maximum(matched, equal)
-    rest = np.array([2**64 - 1, 2**48 - 1, 2**32 - 1, 2**16 - 1, 0], np.uint64)[matched]
-    first = wanted & ~rest
-    return np.searchsorted(numbers, first), np.searchsorted(numbers, first | rest, side="right"), matched
+def _bounds(packed: NDArray[Any], length: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The smallest and the largest packed numbers that begin with the same tokens."""
+    rest = np.uint64(2 ** (64 - 16 * length) - 1)
+    return packed & ~rest, packed | rest
+
+
+def _keep_longer(
+    begin: NDArray[Any],
+    end: NDArray[Any],
+    matched: NDArray[Any],
+    longer: tuple[NDArray[Any], NDArray[Any]],
+    length: int,
+) -> None:
+    """Take the ranges of a longer match where they are not empty."""
+    found = longer[1] > longer[0]
+    begin[found], end[found], matched[found] = longer[0][found], longer[1][found], length
 
 
 class SequenceIndex:
