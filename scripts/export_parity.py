@@ -30,6 +30,7 @@ from lit_phi2.export.weights import ModelWeights
 from lit_phi2.model.loading import load_phi2
 from lit_phi2.model.lora import LoraSettings, adapter_state_dict, add_lora, trainable_parameters
 from lit_phi2.pretrained import BaseModel, load_tokenizer, resolve_base_model
+from lit_phi2.utils.files import read_json_lines
 
 FORMATS = [
     ("peft", "float32"),
@@ -96,7 +97,7 @@ def check_tokens(base: BaseModel, file: Path) -> None:
     """Compare llama.cpp's tokens of every packaged test record with the tokenizer's."""
     tokenizer = load_tokenizer(base)
     write_gguf_model(ModelWeights(base, None), tokenizer, file, "float16")
-    rows = [json.loads(line) for line in (CLAIMS_DIR / "test.jsonl").read_text("utf-8").splitlines()]
+    rows = list(read_json_lines(CLAIMS_DIR / "test.jsonl"))
     texts = [text for row in rows for text in (prompt_of(row), row["response"])]
     expected = tokenize(tokenizer, texts)
     with LlamaCppProcess(file, None, context=64, num_threads=torch.get_num_threads()) as process:
@@ -113,7 +114,7 @@ def random_adapter(base: BaseModel, num_prompts: int, num_tokens: int) -> tuple[
         for parameter in trainable_parameters(phi).values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     tokenizer = load_tokenizer(base)
-    rows = [json.loads(line) for line in (CLAIMS_DIR / "test.jsonl").read_text("utf-8").splitlines()]
+    rows = list(read_json_lines(CLAIMS_DIR / "test.jsonl"))
     prompts = tokenize(tokenizer, [prompt_of(row) for row in rows[:num_prompts]])
     eos = int(tokenizer.eos_token_id)
     reference = run_reference(phi.eval(), prompts, eos_token_id=eos, max_tokens=num_tokens)

@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from lit_phi2.utils.files import read_json_lines
 from measurement import ROOT, origin
 
 UNITS = {"MB": 10**6, "GB": 10**9}
@@ -68,10 +69,8 @@ def split_at(words: list[str], mark: str) -> tuple[list[str], list[str]]:
 def write_longest_prompt(file: Path) -> None:
     """The record with the longest prompt among the packaged ones, again and again; none begins like another."""
     folder = ROOT / "lit_phi2" / "assets" / "claims"
-    lines = [
-        line for name in ("train", "validation") for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()
-    ]
-    record = max(map(json.loads, lines), key=lambda row: len(row["instruction"] + row.get("input", "")))
+    records = (row for name in ("train", "validation") for row in read_json_lines(folder / f"{name}.jsonl"))
+    record = max(records, key=lambda row: len(row["instruction"] + row.get("input", "")))
     rows = [{**record, "id": f"p-{n}", "instruction": f"{n:02d} {record['instruction'][3:]}"} for n in range(48)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 

@@ -3,17 +3,17 @@
 packaged records, or a JSONL file with instruction, input and response  ->  Question (prompt ids, reference ids)
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from lit_phi2.data.encode import encode
 from lit_phi2.data.records import Record
 from lit_phi2.pretrained import load_tokenizer, resolve_base_model
 from lit_phi2.types import Example
+from lit_phi2.utils.files import read_json_lines
 
 CLAIMS = Path(__file__).resolve().parents[2] / "lit_phi2" / "assets" / "claims"
 MAX_LENGTH = 1600  # tokens of a record; few are left out, and every base has the positions
@@ -58,8 +58,9 @@ def split_questions(source: str) -> tuple[str, str]:
 def _encode(base: str, source: str, count: int | None) -> Sequence[tuple[list[int], int]]:
     model = resolve_base_model(base)
     file = CLAIMS / f"{source.removeprefix('claims:')}.jsonl" if source.startswith("claims:") else Path(source)
-    rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
-    rows = rows[: None if count is None else 2 * count]  # more than enough, where few are too long
+    rows = list(
+        islice(read_json_lines(file), None if count is None else 2 * count)
+    )  # more than enough, where few are too long
     records = [
         Record(
             id=str(number),
