@@ -14,7 +14,7 @@ from generation_parts.texts import Question, draw_limits, read_examples, read_qu
 from generation_parts.workers import Worker
 
 DTYPES, BATCH_SIZES = ("float32", "bfloat16"), (1, 8, 32)
-CALIBRATION = 24  # records on which the best setting of transformers is found
+MIN_CALIBRATION = 4  # records on which a setting of transformers is measured, or one batch of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,17 +249,16 @@ def _complete(worker: Worker, questions: list[Question], limits: list[int]) -> t
 def _best_transformers(
     settings: Settings, system: SystemSettings, questions: list[Question], limits: list[int]
 ) -> tuple[SystemSettings, dict[str, float]]:
-    """The setting with the most tokens a second on some of the records, spread over all."""
-    step = max(1, len(questions) // CALIBRATION)
-    some, their_limits = questions[::step], limits[::step]
+    """The setting with the most tokens a second on a batch of the records, spread over all."""
     speeds: dict[SystemSettings, float] = {}
     for dtype in DTYPES:
         with _worker(settings, replace(system, dtype=dtype)) as worker:
             for batch_size in BATCH_SIZES:
-                if batch_size > 1 and batch_size // 2 >= len(some):
+                if batch_size > 1 and batch_size // 2 >= len(questions):
                     continue
-                prompts = [question.prompt for question in some]
-                speed, _ = worker.call("measure", batch_size=batch_size, prompts=prompts, limits=their_limits)
+                step = max(1, len(questions) // max(MIN_CALIBRATION, batch_size))
+                prompts = [question.prompt for question in questions[::step]]
+                speed, _ = worker.call("measure", batch_size=batch_size, prompts=prompts, limits=limits[::step])
                 speeds[replace(system, dtype=dtype, batch_size=batch_size)] = speed
                 print(f"calibration: {dtype}, batch {batch_size}: {speed:,.1f} tokens/s", flush=True)
     best = max(speeds, key=lambda each: speeds[each])
