@@ -57,7 +57,7 @@ class LitPhi2(TrainingModule):
             Phi-2 over 512 tokens on a CPU: 6.9 GB instead of 8.0, 1.45 times as long.
         max_new_tokens: most tokens of a completion; in samples, test and predict.
         max_slots: completions at the same time; null takes what memory and device suggest.
-        drafts: guess tokens from training responses; answers stay the same, one at a time they come faster.
+        drafts: guess tokens from training responses and check them; answers stay the same and come faster.
         seed: linked from seed_everything.
     """
 

@@ -185,7 +185,7 @@ def test_more_processes_than_records_predict_and_measure(commands: Commands) -> 
 
 def test_a_killed_predict_continues_on_more_processes_than_batches(commands: Commands) -> None:
     """Each of two processes has 35 records and 32 slots; it is killed with the last 3 in work, and four continue."""
-    settings = {"data__predict_files": "claims:test[:70]", "model__max_new_tokens": 16}
+    settings = {"data__predict_files": "claims:test[:70]", "model__max_new_tokens": 16, "model__max_slots": 32}
     expected, out = commands.root / "expected.jsonl", commands.root / "out.jsonl"
     commands.run(commands.arguments("predict", "--output", str(expected), **settings))
     predict = commands.arguments("predict", "--output", str(out), **settings)
