@@ -9,7 +9,6 @@ The model is only read. A copy lasts as long as the engine.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
-from lit_phi2.model.device import cpu_bf16_instructions, total_memory
+from lit_phi2.generation.products import fastest, measure_products, merged, pack, packed_product
+from lit_phi2.model.device import total_memory
 from lit_phi2.model.linear import frozen_matmul
 from lit_phi2.model.lora import LoraUpdate, lora_updates
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 MIN_PASSES = 100  # a copy takes as long as some tens of passes
 MEMORY_SHARE = 0.5  # of the available memory that a copy may take
 PACKED_ROWS = 32  # of a product that packed weights give at least; drafts need some
-MIN_SPEEDUP = 1.2  # of float32 over bfloat16: an answer should not depend on the noise of a measurement
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -127,15 +126,20 @@ def _choose_plan(
             copies_all = _fits(4 * numel, head.weight.device)
             dtype = torch.float32 if copies_all else dtype
         else:
-            name, speedup = _fastest_product(head, num_rows)
-            if name == "float32" and _fits(4 * numel, head.weight.device):
-                dtype, copies_all = torch.float32, True
-            elif name == "packed" and _fits(2 * numel, head.weight.device):
-                native_rows, copies_all = max(num_rows, PACKED_ROWS), True
-            elif name == "native":
-                native_rows = num_rows
+            products = {
+                product.name: product
+                for product in measure_products(head, num_rows)
+                if _fits(product.copy_bytes * numel, head.weight.device)
+            }
+            chosen, own = fastest(products)
+            copies_all = chosen.copy_bytes > 0
+            dtype = torch.float32 if chosen.name == "float32" else dtype
+            native_rows = {"native": num_rows, "packed": max(num_rows, PACKED_ROWS)}.get(chosen.name, 0)
             if copies_all:
-                reasons.append(f"{name} copies of the weights, which this CPU multiplies {speedup:.1f} times as fast")
+                speedup = own.seconds / chosen.seconds
+                reasons.append(
+                    f"{chosen.name} copies of the weights, which this CPU multiplies {speedup:.1f} times as fast"
+                )
     if adapted:
         num_bytes = sum(base_layer(layer).weight.nbytes for layer in adapted)
         fits = copies_all or _fits(num_bytes, head.weight.device)
@@ -177,39 +181,21 @@ def _make_linear(layer: nn.Module, updates: list[LoraUpdate], plan: _Plan) -> Li
     base = base_layer(layer)
     if not plan.copies_all and not (plan.merges and updates):
         return _shared_linear(base, updates, plan.native_rows)
-    weight = base.rows(slice(None)).detach()
-    for update in updates:
-        weight = torch.addmm(weight.float(), update.b.float(), update.a.float(), alpha=update.scale)
+    weight = merged(base, updates, plan.dtype)
     bias = base.bias.detach().to(plan.dtype)
     if not plan.copies_all or not torch.backends.mkldnn.is_available():
-        return partial(_product, matrix=weight.to(plan.dtype).t(), bias=bias, native_rows=plan.native_rows)
-    packed = _pack(weight.to(plan.dtype))
+        return partial(_product, matrix=weight.t(), bias=bias, native_rows=plan.native_rows)
+    packed = pack(weight)
     if plan.dtype == torch.float32:
-        return partial(_packed_product, packed=packed, bias=bias)
+        return partial(packed_product, packed=packed, bias=bias)
     shared = _shared_linear(base, updates, 0)  # for long prompts; an unpacked merged copy would be one more model
     native_rows = plan.native_rows
-    return lambda x: _packed_product(x, packed, bias) if len(x) <= native_rows else shared(x)
+    return lambda x: packed_product(x, packed, bias) if len(x) <= native_rows else shared(x)
 
 
 def _product(x: Tensor, *, matrix: Tensor, bias: Tensor, native_rows: int) -> Tensor:
     """x matrix + bias."""
     return torch.addmm(bias, x, matrix) if len(x) <= native_rows else frozen_matmul(x, matrix, bias=bias)
-
-
-def _pack(weight: Tensor) -> Tensor:
-    """A weight in the layout that oneDNN multiplies; torch's own products bring it there in every call.
-
-    In float32 a packed weight gives the bits of 2 rows for any larger number of rows, so a token has the same logits
-    beside any others, and few rows are read from memory at its bandwidth.
-    """
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed
-
-
-def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + bias for a packed W. Private names, which torch's own compiler calls in the pinned version."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return product
 
 
 def _shared_linear(base: Any, updates: list[LoraUpdate], native_rows: int) -> Linear:
@@ -229,8 +215,8 @@ def _low_rank_product(update: LoraUpdate, base: Any) -> Linear:
     """x A^T B^T, in the dtype of the layer."""
     a, b = update.a.to(base.dtype), update.b.to(base.dtype)
     if base.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        packed_a, packed_b = _pack(a), _pack(b)
-        return lambda x: _packed_product(_packed_product(as_two_rows(x), packed_a, None), packed_b, None)[: len(x)]
+        packed_a, packed_b = pack(a), pack(b)
+        return lambda x: packed_product(packed_product(as_two_rows(x), packed_a, None), packed_b, None)[: len(x)]
     return lambda x: frozen_matmul(frozen_matmul(x, a.t()), b.t())
 
 
@@ -245,49 +231,3 @@ def available_memory(device: torch.device) -> int:
         return free
     available: int = psutil.virtual_memory().available
     return max(0, min(available, total_memory() - psutil.Process().memory_info().rss))
-
-
-def _fastest_product(head: Any, num_rows: int) -> tuple[str, float]:
-    """How this CPU multiplies a few rows by bfloat16 weights fastest, measured on the head.
-
-    Few rows take as long as reading the weights, so the head is measured whole: a part of it would stay in a cache.
-
-    Returns:
-        native, emulated (`linear.py` in float32, chunk by chunk), packed or float32 (copies); and how many times as
-        fast as the better of the first two the best copies are.
-    """
-    weight = head.rows(slice(None)).detach()
-    rows = torch.ones(num_rows, weight.shape[1], dtype=weight.dtype)
-    seconds = {
-        "native": _best_seconds(lambda: rows @ weight.t()),
-        "emulated": _best_seconds(lambda: frozen_matmul(rows, weight.t())),
-        "float32": _packed_seconds(rows.float(), weight.float()),
-    }
-    if cpu_bf16_instructions() is not None and torch.backends.mkldnn.is_available():
-        seconds["packed"] = _packed_seconds(rows, weight)
-    own = min(("native", "emulated"), key=seconds.__getitem__)
-    # Packed products give the bits of native ones; float32 must be clearly faster.
-    if (
-        "packed" in seconds
-        and seconds["packed"] < seconds[own]
-        and seconds["packed"] < MIN_SPEEDUP * seconds["float32"]
-    ):
-        return "packed", seconds[own] / seconds["packed"]
-    speedup = seconds[own] / seconds["float32"]
-    return ("float32" if speedup >= MIN_SPEEDUP else own), speedup
-
-
-def _packed_seconds(rows: Tensor, weight: Tensor) -> float:
-    if not torch.backends.mkldnn.is_available():
-        return _best_seconds(lambda: rows @ weight.t())
-    packed = _pack(weight)
-    return _best_seconds(lambda: _packed_product(rows, packed, None))
-
-
-def _best_seconds(product: Callable[[], Tensor]) -> float:
-    def seconds() -> float:
-        start = time.perf_counter()
-        product()
-        return time.perf_counter() - start
-
-    return min(seconds() for _ in range(3))
