@@ -73,6 +73,9 @@ class System:
         self.settings = settings
         self.now = CLOCKS[settings.clock]
 
+    def prepare(self, limits: list[int]) -> None:
+        """Copy weights for the next `complete`, where a system does that; others have merged the adapter in loading."""
+
 
 class Ours(System):
     """The engine, with the adapter in the layers of the model."""
@@ -81,6 +84,7 @@ class Ours(System):
         super().__init__(settings)
         self.module = load_module(settings)
         self.eos_token_id = self.module.eos_token_id if settings.ends else NO_EOS
+        self.prepared: Engine | None = None
         learned = settings.learned
         self.index = None if learned is None else build_index(read_examples(settings.base, learned, None))
 
@@ -93,10 +97,17 @@ class Ours(System):
             **options,
         )
 
+    def prepare(self, limits: list[int]) -> None:
+        """Copy weights for the next `complete`."""
+        drafts = Drafter(self.index, eos_token_id=self.eos_token_id) if self.index is not None else None
+        self.prepared = self.engine(limits, drafts=drafts)
+
     def complete(self, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
         """New tokens of each prompt, at most its limit, in order."""
-        drafts = Drafter(self.index, eos_token_id=self.eos_token_id) if self.index is not None else None
-        engine = self.engine(limits, drafts=drafts)
+        if self.prepared is None:
+            self.prepare(limits)
+        engine, self.prepared = self.prepared, None
+        assert engine is not None
         for key in sorted(range(len(prompts)), key=lambda key: len(prompts[key]), reverse=True):
             engine.submit(key, prompts[key], limits[key])
         completions: dict[int, list[int]] = {}
