@@ -23,7 +23,7 @@ from lit_phi2.data.arguments import AUTO
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.generation.weights import available_memory
-from lit_phi2.model.device import choose_dtype
+from lit_phi2.model.device import card_memory, choose_dtype
 from lit_phi2.pretrained import read_model_config, resolve_base_model
 from lit_phi2.training.memory_plan import changes_to_fit, plan_fit
 from lit_phi2.training.memory_report import format_bytes, program_bytes, workload
@@ -131,7 +131,7 @@ def _choose(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, step_ro
     device = model.target_device()
     phi = PhiSizes.from_config(read_model_config(resolve_base_model(model.base)))
     dtype = choose_dtype(model.compute_dtype, device, phi.num_parameters)[0]
-    work = replace(workload(model, data, dtype, device.type), rows=1)
+    work = replace(workload(model, data, dtype, device.type, card_memory(device)), rows=1)
     program, memory = program_bytes(device), int(USABLE * _free_bytes(device, trainer.num_devices))
     rows = choose_rows(phi, work, step_rows, program, memory)
     if not rows:
