@@ -13,6 +13,7 @@ are float32 everywhere: the CPU's products are (`linear.matmul_dtype`), torch's 
 and on MPS queries and keys are converted first (`attend`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,14 @@ def block_causal_mask(position_ids: Tensor) -> Tensor:
 
 
 def packed_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *, scaling: float, dropout: float = 0.0
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layout: PackedLayout,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    rotate_qkv: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
     """Causal attention of every example to itself.
 
@@ -82,6 +90,7 @@ def packed_attention(
         layout: of the N tokens.
         scaling: of the scores.
         dropout: of the attention probabilities.
+        rotate_qkv: in the place of RotateQkv, where that is used.
 
     Returns:
         (N, H, d).
@@ -89,7 +98,7 @@ def packed_attention(
     if qkv.device.type == "cpu" and layout.attn_mask is None and not dropout:
         attn_out: Tensor = _PackedAttentionCPU.apply(qkv, cos, sin, layout.segments, scaling)
         return attn_out
-    query, key, value = RotateQkv.apply(qkv, cos, sin)
+    query, key, value = (rotate_qkv or RotateQkv.apply)(qkv, cos, sin)
     if layout.attn_mask is not None:  # all shapes depend on (B, T) only: MPS keeps memory for every new shape
         return _masked_attention(query, key, value, layout.attn_mask, scaling, dropout)
     if layout.cu_seqlens is not None and not dropout and qkv.dtype in (torch.bfloat16, torch.float16):
