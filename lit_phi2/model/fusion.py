@@ -1,4 +1,4 @@
-"""Fusion: the elementwise operations between a block's matrix products, each as one kernel where torch.compile makes it.
+"""Fusion: the elementwise operations between the matrix products of a block, each compiled into one kernel.
 
     qkv (N, 3, H, d) -> rotary of queries and keys -> q, k, v          8 kernels of torch, or 1
     hidden + dropout(attn_output) + dropout(mlp_output)                4 kernels of torch, or 1
