@@ -45,6 +45,8 @@ def use_block_ops(
         num_passes, saved: see choose_compiled.
         activation_checkpointing: as in the run.
     """
+    if saved and model.block_ops is not EAGER:
+        return True  # an earlier run of this program has tried them
     compiled = False
     if batch.input_ids.device.type in DEVICE_TYPES:
         if strategy.is_global_zero:
