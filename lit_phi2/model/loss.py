@@ -19,7 +19,7 @@ from lit_phi2.types import Scored, find_scored
 
 LOGITS_BYTES = 64 * 2**20  # upper bound on the logits in memory at the same time, for any batch
 # On CUDA the bound is this part of the card's memory, if that is more. Every chunk reads and writes the gradient of all
-# hidden states, which for 8,192 of them and 64 MiB takes two thirds of the time of the products (training/README.md).
+# hidden states, which for 8,192 of them in chunks of 64 MiB takes about as long as the products (training/README.md).
 CARD_SHARE = 64
 VOCAB_CHUNK = {"cpu": 4096}  # upper bound on tokens of the vocabulary per chunk, so that its logits fit a cache
 PAD_ROWS_TO = 32  # the number of positions in the output layer's matmuls is rounded up to a multiple of it

@@ -135,12 +135,12 @@ def test_inductor_computes_what_torch_computes() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_card_computes_the_same_compiled(dtype: str, phi_dir: Path) -> None:
-    """Reference: torch's own operations on the card, without dropout. The dtypes have 24, 8 and 11 bits."""
+    """Reference: torch's own operations on the card, without dropout. The dtypes have 24 and 8 bits."""
     module, batch = new_module(phi_dir, dtype=dtype).to("cuda"), collate(EXAMPLES, [(0, 1), (2, 4), (3,)]).to("cuda")
     expected = loss_and_gradients(module, batch, REFERENCE)
     actual = loss_and_gradients(module, batch, compile_ops())
-    tolerance = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}[dtype]
+    tolerance = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= tolerance * value.norm(), name
