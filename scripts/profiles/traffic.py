@@ -9,6 +9,7 @@ saves; views count nothing. A block is the difference between models of two laye
 import argparse
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -49,10 +50,16 @@ def count(layers: int, tokens: int) -> dict[str, tuple[int, int, int]]:
         phi = add_lora(model, LoraSettings(LORA_R, LORA_ALPHA, ("Wqkv", "fc1", "fc2")), dropout=0.0)
     phi.train()
     cu_seqlens = torch.zeros(2, dtype=torch.int32, device="meta")
-    phi2.packed_layout = lambda positions, segments: PackedLayout(segments, cu_seqlens)
     ids = torch.zeros(tokens // 512, 512, dtype=torch.int64, device="meta")
-    functional.dropout = lambda x, p, *_: torch.native_dropout(x, p, True)[0] if p else x  # as CUDA has it
-    with Counting() as counting:
+
+    def dropout(x: Tensor, p: float, *_: Any) -> Tensor:
+        return torch.native_dropout(x, p, True)[0] if p else x  # one kernel, as CUDA has it
+
+    def packed_layout(positions: Tensor, segments: list[tuple[int, int]]) -> PackedLayout:
+        return PackedLayout(segments, cu_seqlens)
+
+    ours = patch.object(phi2, "packed_layout", packed_layout)
+    with patch.object(functional, "dropout", dropout), ours, Counting() as counting:
         hidden = phi2.packed_forward(model, ids, ids, segments=[(0, 512)])
         torch.autograd.grad(hidden, list(trainable_parameters(phi).values()), torch.ones_like(hidden))
     return {kind: (counting.calls[kind], counting.bytes[kind], counting.flops[kind]) for kind in counting.calls}
