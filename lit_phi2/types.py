@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 IGNORE_INDEX = -100  # the index that torch's cross_entropy skips by default
-# Rows are padded to a multiple of this many tokens, so that few shapes occur: MPS keeps memory for each new shape, and
-# a CPU compiles the matmuls of a new shape for longer than they take.
-PAD_TO_MULTIPLE_OF = {"mps": 128, "cpu": 32}
+# Rows are padded to a multiple of this many tokens, so that few shapes occur: MPS keeps memory for each new shape, so
+# does torch's allocator on CUDA, and a CPU compiles the matmuls of a new shape for longer than they take.
+PAD_TO_MULTIPLE_OF = {"cuda": 64, "mps": 128, "cpu": 32}
 
 Row = tuple[int, ...]
 Segment = tuple[int, int]  # first token of an example and the token after its last, among the N = B T tokens of a batch

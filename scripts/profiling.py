@@ -6,6 +6,7 @@
     python scripts/profiling.py operators --base FOLDER               a step, by kind of operator, ours and PEFT's
     python scripts/profiling.py matmul --base FOLDER                  float32, and bfloat16 by torch and by lit_phi2
     python scripts/profiling.py compile --base FOLDER                 steps with torch.compile and without
+    python scripts/profiling.py traffic                               what a block reads and writes on a GPU, counted
     python scripts/profiling.py scale --records FILE                  time and memory, by number of records
     python scripts/profiling.py ledger --counts 100000 10000000       the same of the ledger
 
@@ -15,7 +16,7 @@ The numbers are of one machine at one time: compare those of one run only.
 import argparse
 from pathlib import Path
 
-from profiles import data, ledger, startup, step
+from profiles import data, ledger, startup, step, traffic
 
 PROFILES = {
     "encode": data.encoding,
@@ -24,6 +25,7 @@ PROFILES = {
     "operators": step.operators,
     "matmul": step.matmul,
     "compile": step.compiled,
+    "traffic": traffic.traffic,
     "scale": data.scale,
     "ledger": ledger.ledger,
 }
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--records", default="claims:train", help="as data.train_files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of sizes, operators and compile")
     parser.add_argument("--peer-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of PEFT's step")
+    parser.add_argument("--tokens", type=int, default=16384, help="of traffic")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=(128, 256, 512, 1024, 2048), help="of sizes")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 2, 4, 8), help="of sizes: rows")

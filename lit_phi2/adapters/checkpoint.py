@@ -42,6 +42,7 @@ _STATE = {
     "environment": OBJECT,
     "accumulate_grad_batches": integer(1, 2**31 - 1),
     "loss_scale": OBJECT,  # of runs in float16 only
+    "compiled": one_of(True, False),
 }
 
 
@@ -96,7 +97,7 @@ def check_checkpoint(checkpoint: dict[str, Any], *, source: str) -> Adapter:
             f"{_PLAIN_LORA_FORMAT} and {CHECKPOINT_FORMAT}. Train again, or remove lit_phi2.json from the run's "
             "adapter folder and start from that with --model.adapter."
         )
-    absent = {"template_digest", "quantization", "loss_scale"}
+    absent = {"template_digest", "quantization", "loss_scale", "compiled"}
     absent |= {"use_rslora"} if format_version == _PLAIN_LORA_FORMAT else set()
     check_values(state, _STATE, source=source, required=_STATE.keys() - absent)
     return adapter_from_state(state, weights)

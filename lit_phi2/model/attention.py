@@ -13,6 +13,7 @@ are float32 everywhere: the CPU's products are (`linear.matmul_dtype`), torch's 
 and on MPS queries and keys are converted first (`attend`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,14 @@ def block_causal_mask(position_ids: Tensor) -> Tensor:
 
 
 def packed_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *, scaling: float, dropout: float = 0.0
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layout: PackedLayout,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    rotate_qkv: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
     """Causal attention of every example to itself.
 
@@ -82,6 +90,7 @@ def packed_attention(
         layout: of the N tokens.
         scaling: of the scores.
         dropout: of the attention probabilities.
+        rotate_qkv: in the place of RotateQkv, where that is used.
 
     Returns:
         (N, H, d).
@@ -89,8 +98,7 @@ def packed_attention(
     if qkv.device.type == "cpu" and layout.attn_mask is None and not dropout:
         attn_out: Tensor = _PackedAttentionCPU.apply(qkv, cos, sin, layout.segments, scaling)
         return attn_out
-    query, key = apply_rotary_emb(qkv[:, :2], cos, sin).unbind(1)
-    value = qkv[:, 2]
+    query, key, value = (rotate_qkv or RotateQkv.apply)(qkv, cos, sin)
     if layout.attn_mask is not None:  # all shapes depend on (B, T) only: MPS keeps memory for every new shape
         return _masked_attention(query, key, value, layout.attn_mask, scaling, dropout)
     if layout.cu_seqlens is not None and not dropout and qkv.dtype in (torch.bfloat16, torch.float16):
@@ -137,6 +145,30 @@ def apply_rotary_emb(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.view(broadcast), sin.view(broadcast)
     first, second, rest = heads.split([half, half, heads.shape[-1] - 2 * half], -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+class RotateQkv(torch.autograd.Function):
+    """(N, 3, H, d) -> queries and keys with the rotary embedding, and values, (N, H, d) each, in memory of their own.
+
+    The result is all that backward needs, so qkv is not kept. Autograd's own backward of slices would write a tensor of
+    zeros of the size of qkv for each of them, and add these.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        rotated = qkv.clone()
+        apply_rotary_emb_(rotated[:, :2], cos[:, None, None], sin[:, None, None])
+        return rotated.unbind(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        grad_qkv = torch.stack(grads, 1)
+        # The transpose of a rotation turns back.
+        apply_rotary_emb_(grad_qkv[:, :2], cos[:, None, None], -sin[:, None, None])
+        return grad_qkv, None, None
 
 
 class _PackedAttentionCPU(torch.autograd.Function):
@@ -221,7 +253,7 @@ def _attn_probs(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
 
 def apply_rotary_emb_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """apply_rotary_emb of (..., N, d), in place."""
+    """apply_rotary_emb in place; cos and sin have the shape of the first R / 2 elements, or are broadcast to it."""
     half = cos.shape[-1]
     first, second = heads[..., :half], heads[..., half : 2 * half]
     first_rotated = first * cos - second * sin

@@ -142,6 +142,11 @@ def _seconds(product: Callable[[], Tensor]) -> float:
     return time.perf_counter() - start
 
 
+def card_memory(device: torch.device) -> int:
+    """Bytes of a CUDA card, whatever is free; 0 of other devices."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+
+
 def total_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or its container's limit."""
     limit = CGROUP_LIMIT.read_text() if CGROUP_LIMIT.is_file() else "max"

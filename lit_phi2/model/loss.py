@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
+from lit_phi2.model.device import card_memory
 from lit_phi2.model.linear import FrozenLinear, matmul_dtype
 from lit_phi2.types import Scored, find_scored
 
 LOGITS_BYTES = 64 * 2**20  # upper bound on the logits in memory at the same time, for any batch
+# On CUDA the bound is this part of the card's memory, if that is more. Every chunk reads and writes the gradient of all
+# hidden states, which for 8,192 of them in chunks of 64 MiB takes about as long as the products (training/README.md).
+CARD_SHARE = 64
 VOCAB_CHUNK = {"cpu": 4096}  # upper bound on tokens of the vocabulary per chunk, so that its logits fit a cache
 PAD_ROWS_TO = 32  # the number of positions in the output layer's matmuls is rounded up to a multiple of it
 
@@ -74,10 +78,44 @@ def causal_lm_loss(hidden: Tensor, labels: Tensor, head: nn.Module, scored: Scor
     return Loss(nats, num_tokens, (logits.detach().argmax(-1) == targets).sum())
 
 
+def logits_limit(device_type: str, memory: int) -> int:
+    """Bytes that the logits of a chunk may take.
+
+    The whole memory of a card decides, not what is free: another chunk rounds differently, and a resumed run has the
+    bits of the run it continues.
+
+    Args:
+        device_type: cpu, cuda or mps.
+        memory: of the device.
+
+    >>> [logits_limit(device, 80 * 2**30) // 2**20 for device in ("cuda", "cpu")]
+    [1280, 64]
+    """
+    return max(LOGITS_BYTES, memory // CARD_SHARE) if device_type == "cuda" else LOGITS_BYTES
+
+
+def vocab_chunk(num_positions: int, position_bytes: int, vocab_size: int, device_type: str, limit: int) -> int:
+    """Tokens of the vocabulary in a chunk; chunks have about the same size.
+
+    Args:
+        num_positions: supervised, rounded up to PAD_ROWS_TO.
+        position_bytes: of a logit of a position.
+        vocab_size: V.
+        device_type: cpu, cuda or mps.
+        limit: of logits_limit.
+
+    >>> vocab_chunk(8192, 6, 51200, "cuda", LOGITS_BYTES), vocab_chunk(8192, 6, 51200, "cuda", 2**30)
+    (1348, 17067)
+    """
+    largest = max(1, limit // (num_positions * position_bytes))
+    largest = min(largest, VOCAB_CHUNK.get(device_type, largest))
+    return -(-vocab_size // -(-vocab_size // largest))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a frozen output layer, a chunk of the vocabulary at a time.
 
-    Logits take at most LOGITS_BYTES. The softmax is carried from chunk to chunk by its largest logit and its sum, as
+    Logits take at most `logits_limit`. The softmax is carried from chunk to chunk by its largest logit and its sum, as
     online softmax does (Milakov and Gimelshein 2018, arXiv:1805.02867), so every matmul has all positions, and every
     weight is read once in each direction. The gradient of the hidden states is accumulated in forward; backward only
     scales it.
@@ -133,9 +171,9 @@ class _OnlineSoftmax:
         self.best_token = torch.zeros_like(targets)
         self.weighted_rows = torch.zeros_like(hidden, dtype=self.acc_dtype) if with_grad else None
         self.padded = F.pad(hidden.to(matmul_dtype(hidden)), (0, 0, 0, -len(hidden) % PAD_ROWS_TO))
-        limit = max(1, LOGITS_BYTES // (len(self.padded) * (self.acc_dtype.itemsize + self.padded.dtype.itemsize)))
-        limit = min(limit, VOCAB_CHUNK.get(hidden.device.type, limit))
-        self.chunk_size = -(-vocab_size // -(-vocab_size // limit))  # chunks of about the same size
+        position_bytes, device = self.acc_dtype.itemsize + self.padded.dtype.itemsize, hidden.device
+        limit = logits_limit(device.type, card_memory(device))
+        self.chunk_size = vocab_chunk(len(self.padded), position_bytes, vocab_size, device.type, limit)
         self.buffer = hidden.new_empty(len(hidden) * self.chunk_size, dtype=self.acc_dtype)
 
     def add_chunk(self, head: FrozenLinear, chunk: slice, bias: Tensor | None) -> None:

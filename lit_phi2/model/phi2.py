@@ -26,7 +26,8 @@ from transformers.models.phi.modeling_phi import PhiAttention, PhiDecoderLayer, 
 
 from lit_phi2.errors import InputError
 from lit_phi2.model.attention import apply_rotary_emb, packed_attention, packed_layout
-from lit_phi2.model.kernels import dropout_add_residual, gelu
+from lit_phi2.model.fusion import EAGER, BlockOps
+from lit_phi2.model.kernels import gelu
 from lit_phi2.model.linear import FrozenLinear
 from lit_phi2.types import Segment
 
@@ -38,6 +39,7 @@ class FusedPhiForCausalLM(PhiForCausalLM):
         InputError: the config has grouped keys and values or normalized queries, which no Phi-2 has.
     """
 
+    block_ops = EAGER  # of forward passes with gradients
     is_streamed = False  # each forward of a block reads its weights, which every other block then loses
 
     def __init__(self, config: PhiConfig) -> None:
@@ -86,6 +88,7 @@ def packed_forward(
     *,
     segments: list[Segment] | None = None,
     activation_checkpointing: bool = False,
+    num_blocks: int | None = None,
 ) -> Tensor:
     """(B, T, D): the input of the output layer, with the examples of every row kept apart.
 
@@ -95,31 +98,35 @@ def packed_forward(
         position_ids: (B, T), restarting at 0 where an example begins.
         segments: of the examples; None finds them in position_ids.
         activation_checkpointing: save the input of each block only, and recompute the block in backward.
+        num_blocks: only the first of them; None for all.
     """
     phi = model.model
+    ops = model.block_ops if torch.is_grad_enabled() else EAGER  # so that compiled ones are compiled once
     layout = packed_layout(position_ids, segments)
     hidden = phi.embed_dropout(phi.embed_tokens(input_ids.flatten()))
     cos, sin = phi.rotary_emb(hidden, position_ids.flatten()[None])
     half = cos.shape[-1] // 2  # transformers repeats each angle
     cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-    for block in phi.layers:
+    attend = partial(packed_attention, cos=cos, sin=sin, layout=layout, rotate_qkv=ops.rotate_qkv)
+    for block in phi.layers[:num_blocks]:
         attn = block.self_attn
         dropout = attn.attention_dropout if block.training else 0.0
-        attention = partial(packed_attention, cos=cos, sin=sin, layout=layout, scaling=attn.scaling, dropout=dropout)
+        attention = partial(attend, scaling=attn.scaling, dropout=dropout)
         if activation_checkpointing and torch.is_grad_enabled():
-            hidden = checkpoint(block_forward, block, hidden, attention, use_reentrant=False)
+            hidden = checkpoint(block_forward, block, hidden, attention, ops, use_reentrant=False)
         else:
-            hidden = block_forward(block, hidden, attention)
+            hidden = block_forward(block, hidden, attention, ops)
     return phi.final_layernorm(hidden).view(*input_ids.shape, -1)
 
 
-def block_forward(block: Any, hidden: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+def block_forward(block: Any, hidden: Tensor, attention: Callable[[Tensor], Tensor], ops: BlockOps = EAGER) -> Tensor:
     """The forward of a block, (..., D) -> (..., D): attention and MLP read the same normalized input.
 
     Args:
         block: a Phi2Block, with or without adapters in its layers.
         hidden: (..., D).
         attention: (..., 3, H, d) -> (..., H, d); applies the rotary embedding too.
+        ops: of which add_residual is called here.
     """
     attn, mlp = block.self_attn, block.mlp
     normed = block.input_layernorm(hidden)
@@ -127,7 +134,7 @@ def block_forward(block: Any, hidden: Tensor, attention: Callable[[Tensor], Tens
     attn_output = attn.dense(attention(qkv).flatten(-2))
     mlp_output = mlp.fc2(mlp.activation_fn(mlp.fc1(normed)))
     dropout = block.resid_dropout.p if block.training else 0.0
-    return dropout_add_residual(hidden, attn_output, mlp_output, dropout=dropout)
+    return ops.add_residual(hidden, attn_output, mlp_output, dropout=dropout)
 
 
 def cached_attention(

@@ -10,8 +10,9 @@ takes them from there, whatever the device has free by then.
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,13 +24,13 @@ from lit_phi2.data.arguments import AUTO
 from lit_phi2.data.datamodule import ClaimsDataModule
 from lit_phi2.errors import InputError
 from lit_phi2.generation.weights import available_memory
-from lit_phi2.model.device import choose_dtype
+from lit_phi2.model.device import card_memory, choose_dtype
 from lit_phi2.pretrained import read_model_config, resolve_base_model
 from lit_phi2.training.memory_plan import changes_to_fit, plan_fit
 from lit_phi2.training.memory_report import format_bytes, program_bytes, workload
 from lit_phi2.training.memory_terms import PhiSizes, Workload
 from lit_phi2.training.module import LitPhi2
-from lit_phi2.training.run_folder import on_rank_zero
+from lit_phi2.training.run_folder import all_ranks_run
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def use_batch_size(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, 
         log.info("data.batch_size: %d, as in the checkpoint", rows)
     else:
         _check_counts(trainer)
-        rows = _agreed_rows(trainer, model, data, step_rows)
+        rows = agreed_rows(trainer, partial(_choose, trainer, model, data, step_rows))
     if step_rows % rows == 0:
         data.batch_size, trainer.accumulate_grad_batches = rows, step_rows // rows
 
@@ -112,49 +113,80 @@ def _check_counts(trainer: pl.Trainer) -> None:
             )
 
 
-def _agreed_rows(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, step_rows: int) -> int:
-    """The choice of rank 0, on every rank."""
-    if not trainer.is_global_zero and ROWS_VARIABLE in os.environ:
-        return int(os.environ[ROWS_VARIABLE])
-    rows = on_rank_zero(trainer, lambda: _choose(trainer, model, data, step_rows))
-    if trainer.is_global_zero and trainer.world_size > 1:
-        os.environ[ROWS_VARIABLE] = str(rows)  # Lightning starts the other ranks after this
-    return rows or 1
+@dataclass(frozen=True, slots=True)
+class RowsChoice:
+    """What a rank would take.
+
+    Attributes:
+        rows: of a micro-batch; 0 if not even one fits.
+        text: why; with 0 rows what would fit.
+    """
+
+    rows: int
+    text: str
 
 
-def _choose(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, step_rows: int) -> int:
-    """Choose on this device, and say why.
+def smallest(choices: Sequence[RowsChoice]) -> RowsChoice:
+    """The choice that fits every rank.
 
     Raises:
-        InputError: not even one row fits; names what would.
+        InputError: not even one row fits one of them; names what would.
     """
+    choice = min(choices, key=lambda choice: choice.rows)
+    if not choice.rows:
+        raise InputError(f"data.batch_size: auto: {choice.text}")
+    return choice
+
+
+def agreed_rows(trainer: pl.Trainer, choose: Callable[[], RowsChoice]) -> int:
+    """The smallest choice of all ranks; that of rank 0 where Lightning starts the others later, on equal cards."""
+    if not trainer.is_global_zero and ROWS_VARIABLE in os.environ:
+        return int(os.environ[ROWS_VARIABLE])
+    if all_ranks_run(trainer):
+        trainer.strategy.setup_environment()
+        choice = smallest(gather_choices(choose(), trainer.world_size))
+    elif trainer.is_global_zero:
+        choice = smallest([choose()])
+        if trainer.world_size > 1:
+            os.environ[ROWS_VARIABLE] = str(choice.rows)  # the other ranks inherit it
+    else:
+        return 1  # of several machines without torchrun, which is refused later
+    if trainer.is_global_zero:
+        log.info("data.batch_size: auto takes %s", choice.text)
+    return choice.rows
+
+
+def gather_choices(choice: RowsChoice, world_size: int) -> list[RowsChoice]:
+    """The choices of all ranks, on every rank."""
+    choices: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(choices, choice)
+    return choices
+
+
+def _choose(trainer: pl.Trainer, model: LitPhi2, data: ClaimsDataModule, step_rows: int) -> RowsChoice:
+    """Choose on this device."""
     device = model.target_device()
     phi = PhiSizes.from_config(read_model_config(resolve_base_model(model.base)))
     dtype = choose_dtype(model.compute_dtype, device, phi.num_parameters)[0]
-    work = replace(workload(model, data, dtype, device.type), rows=1)
+    work = replace(workload(model, data, dtype, device.type, card_memory(device)), rows=1)
     program, memory = program_bytes(device), int(USABLE * _free_bytes(device, trainer.num_devices))
     rows = choose_rows(phi, work, step_rows, program, memory)
+    needed = format_bytes(plan_fit(phi, replace(work, rows=max(1, rows)), program, memory).needed)
     if not rows:
-        needed = format_bytes(plan_fit(phi, work, program, memory).needed)
         changes = changes_to_fit(phi, work, program, memory)
         advice = f"Set {', '.join(changes)}." if changes else "Take a smaller base."
-        raise InputError(
-            f"data.batch_size: auto: one row of {work.row_length:,} tokens needs {needed}, and {USABLE:.0%} of what is "
-            f"free on {device} is {format_bytes(memory)}. {advice}"
+        return RowsChoice(
+            0,
+            f"one row of {work.row_length:,} tokens needs {needed}, and {USABLE:.0%} of what is free on {device} is "
+            f"{format_bytes(memory)}. {advice}",
         )
-    plan = plan_fit(phi, replace(work, rows=rows), program, memory)
-    log.info(
-        "data.batch_size: auto takes %d of the %d rows of an optimizer step at once, so accumulate_grad_batches is %d: "
-        "%s planned, %s usable on %s; %d tokens at once are enough there",
+    enough = max(ENOUGH_TOKENS[device.type], work.row_length)
+    return RowsChoice(
         rows,
-        step_rows,
-        step_rows // rows,
-        format_bytes(plan.needed),
-        format_bytes(memory),
-        device,
-        max(ENOUGH_TOKENS[device.type], work.row_length),
+        f"{rows} of the {step_rows} rows of an optimizer step at once, so accumulate_grad_batches is "
+        f"{step_rows // rows}: {needed} planned, {format_bytes(memory)} usable on {device}; {enough} tokens at once "
+        "are enough there",
     )
-    return rows
 
 
 def _free_bytes(device: torch.device, num_processes: int) -> int:

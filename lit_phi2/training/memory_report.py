@@ -23,8 +23,9 @@ from lit_phi2.errors import InputError
 from lit_phi2.generation.capacity import DEFAULT_SLOTS
 from lit_phi2.generation.weights import available_memory
 from lit_phi2.model.calibration import format_table
-from lit_phi2.model.device import choose_dtype
+from lit_phi2.model.device import card_memory, choose_dtype
 from lit_phi2.model.lora import check_targets
+from lit_phi2.model.loss import logits_limit
 from lit_phi2.pretrained import read_model_config, resolve_base_model
 from lit_phi2.training.memory_plan import CONTEXT_BYTES, Plan, changes_to_fit, plan_fit, plan_predict
 from lit_phi2.training.memory_terms import PhiSizes, Workload
@@ -78,7 +79,7 @@ def memory_report(model: LitPhi2, data: ClaimsDataModule) -> str:
     check_targets(targets, dict.fromkeys(phi.linear_layers, phi.num_layers), phi.num_layers)
     device = model.target_device()
     dtype = choose_dtype(model.compute_dtype, device, phi.num_parameters)[0]
-    work = workload(model, data, dtype, device.type)
+    work = workload(model, data, dtype, device.type, card_memory(device))
     program, memory = program_bytes(device), device_bytes(device)
     plans = [plan(phi, work, program, memory) for plan in (plan_fit, plan_predict)]
     weights = _name(dtype) + (", int8" if work.quantized else "")
@@ -89,13 +90,13 @@ def memory_report(model: LitPhi2, data: ClaimsDataModule) -> str:
     lines = [title, *_table(*plans), "", _verdict(f"this device, {device.type}", phi, work, program, memory)]
     for size in CARDS_GIB:
         card_dtype = torch.bfloat16 if model.compute_dtype == "auto" else dtype
-        work = workload(model, data, card_dtype, "cuda")
+        work = workload(model, data, card_dtype, "cuda", size * 2**30)
         lines.append(_verdict(f"{size} GB card, {_name(card_dtype)}", phi, work, CONTEXT_BYTES["cuda"], size * 2**30))
     return "\n".join(lines)
 
 
-def workload(model: LitPhi2, data: ClaimsDataModule, dtype: torch.dtype, device_type: str) -> Workload:
-    """The longest row and the longest prompt of the splits that are set up."""
+def workload(model: LitPhi2, data: ClaimsDataModule, dtype: torch.dtype, device_type: str, memory: int) -> Workload:
+    """The longest row and the longest prompt of the splits that are set up, on a device with that much memory."""
     train = data.splits["train"]
     longest = int(train.lengths.max())
     row_length = min(data.max_length, int(train.lengths.sum())) if data.packing else longest
@@ -116,6 +117,7 @@ def workload(model: LitPhi2, data: ClaimsDataModule, dtype: torch.dtype, device_
         model.max_new_tokens,
         model.max_slots or DEFAULT_SLOTS[device_type],
         model.quantization is not None,
+        logits_limit(device_type, memory),
     )
 
 

@@ -20,7 +20,7 @@ from lit_phi2.generation.kv_cache import CacheShape, round_up
 from lit_phi2.generation.weights import MEMORY_SHARE, MIN_PASSES
 from lit_phi2.model.attention import QUERY_BLOCK
 from lit_phi2.model.linear import EMULATION_MIN_ROWS, emulates_bf16
-from lit_phi2.model.loss import LOGITS_BYTES, PAD_ROWS_TO, VOCAB_CHUNK
+from lit_phi2.model.loss import LOGITS_BYTES, PAD_ROWS_TO, vocab_chunk
 from lit_phi2.model.quantization import BLOCK_ROWS
 
 FLOAT32_BYTES = 4
@@ -100,6 +100,7 @@ class Workload:
         prompt_length: of the longest prompt.
         slots: sequences that are completed at the same time.
         quantized: whether the weights of linear layers are int8.
+        logits_limit: bytes of the logits of a chunk; see `loss.logits_limit`.
     """
 
     dtype: torch.dtype
@@ -116,6 +117,7 @@ class Workload:
     max_new_tokens: int
     slots: int
     quantized: bool = False
+    logits_limit: int = LOGITS_BYTES
 
     @property
     def num_tokens(self) -> int:
@@ -160,8 +162,8 @@ def activation_bytes(phi: PhiSizes, work: Workload) -> int:
         D           input of the norm: the hidden state; in the last place that of the final norm, because the first
                     block's comes from frozen weights and has no gradient
         D           input of Wqkv and fc1, the same tensor
-        3 A         CPU: rotated q, k and v. Elsewhere 6 A: rotated q and k, qkv for the sake of v, the output;
-                    8 A in float16 on MPS, where q, k, v and the output are float32
+        3 A         CPU: rotated q, k and v. Elsewhere 4 A, with the output; 8 A in float16 on MPS, where they are
+                    float32
         A           input of dense, only if it is a target
         2 F         slope of GELU, input of fc2; 3 F in float16 on MPS, where GELU's input is float32
         r           A x, of each target
@@ -183,7 +185,7 @@ def _saved_per_token(phi: PhiSizes, work: Workload) -> int:
     """Bytes that a block saves for a token."""
     e, targets = work.dtype.itemsize, work.targets
     converts = work.device_type == "mps" and work.dtype == torch.float16
-    num_attn = 3 if work.device_type == "cpu" else 8 if converts else 6
+    num_attn = 3 if work.device_type == "cpu" else 8 if converts else 4
     elements = phi.width + num_attn * phi.attn_width + (1 + converts) * phi.mlp_width
     elements += phi.width * ("Wqkv" in targets or "fc1" in targets)
     elements += phi.attn_width * ("dense" in targets and work.device_type == "cpu")  # elsewhere attention saved it
@@ -220,8 +222,7 @@ def logits_bytes(phi: PhiSizes, work: Workload) -> int:
     num_positions = work.rows * work.supervised
     padded = -(-num_positions // PAD_ROWS_TO) * PAD_ROWS_TO
     position_bytes = FLOAT32_BYTES + work.matmul_bytes
-    chunk = min(phi.vocab_size, max(1, LOGITS_BYTES // (padded * position_bytes)))
-    chunk = min(chunk, VOCAB_CHUNK.get(work.device_type, chunk))
+    chunk = vocab_chunk(padded, position_bytes, phi.vocab_size, work.device_type, work.logits_limit)
     states = 2 * FLOAT32_BYTES + work.matmul_bytes + work.dtype.itemsize
     return padded * (chunk * position_bytes + phi.width * states)
 

@@ -17,6 +17,7 @@ from lit_phi2.model.device import check_dtype
 from lit_phi2.model.lora import LoraSettings, load_adapter_state_dict, trainable_parameters
 from lit_phi2.training.agreement import check_data, check_trainer
 from lit_phi2.training.arguments import check_fraction, check_minimum, check_positive
+from lit_phi2.training.block_ops import use_block_ops
 from lit_phi2.training.environment import describe_environment, environment_warning
 from lit_phi2.training.loops import use_resumable_loops
 from lit_phi2.training.metrics import EvalSums, eval_metrics
@@ -132,6 +133,19 @@ class LitPhi2(TrainingModule):
 
     # Training
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.block_ops_due:
+            self.block_ops_due = False
+            steps = self.total_steps() - self.trainer.global_step
+            self.compiled = use_block_ops(
+                self.fused_phi,
+                batch,
+                self.trainer.strategy,
+                num_passes=steps * self.trainer.accumulate_grad_batches * self.checked.num_layers,
+                saved=self.compiled,
+                activation_checkpointing=self.activation_checkpointing,
+            )
+
     def configure_optimizers(self) -> dict[str, Any]:
         assert self.phi is not None
         optimizer = build_optimizer(
@@ -198,6 +212,7 @@ class LitPhi2(TrainingModule):
             **adapter_to_state(adapter),
             "run": self.run_fingerprint(),
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "compiled": bool(self.compiled),
             "environment": describe_environment(self.device),
             "versions": versions(),
         }
@@ -218,6 +233,7 @@ class LitPhi2(TrainingModule):
     def _continue_run(self, checkpoint: dict[str, Any]) -> None:
         data, state = training_data(self.trainer), checkpoint["lit_phi2"]
         check_resumable(state["run"], self.run_fingerprint(), data.batching())
+        self.compiled = state.get("compiled", False)
         if self.loss_scale is not None:
             self.loss_scale.load_state_dict(state.get("loss_scale", {}), source="ckpt_path")
         if warning := environment_warning(state["environment"], describe_environment(self.target_device())):

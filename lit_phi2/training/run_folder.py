@@ -45,7 +45,7 @@ def broadcast_run_dir(trainer: pl.Trainer, open_dir: Callable[[], Path]) -> Path
         return open_dir()
     if not trainer.is_global_zero and RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
-    if _all_ranks_run(trainer):
+    if all_ranks_run(trainer):
         run_dir = on_rank_zero(trainer, open_dir)
         assert run_dir is not None
         return run_dir
@@ -62,7 +62,7 @@ def on_rank_zero(trainer: pl.Trainer, function: Callable[[], T]) -> T | None:
     Raises:
         InputError, OSError: from the function, on every rank that is running.
     """
-    if not _all_ranks_run(trainer):
+    if not all_ranks_run(trainer):
         return function() if trainer.is_global_zero else None
     trainer.strategy.setup_environment()
     result, error = None, None
@@ -77,7 +77,7 @@ def on_rank_zero(trainer: pl.Trainer, function: Callable[[], T]) -> T | None:
     return result
 
 
-def _all_ranks_run(trainer: pl.Trainer) -> bool:
+def all_ranks_run(trainer: pl.Trainer) -> bool:
     """Whether several processes run already: those of torchrun and SLURM; Lightning starts its own later.
 
     In a process that Lightning started everything looks as under torchrun, so the first says what it is.

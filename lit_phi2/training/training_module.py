@@ -33,17 +33,21 @@ class TrainingModule(AdapterModule):
         activation_checkpointing: recompute each block in backward.
         lora_plus_ratio: B has a learning rate of its own, which is logged.
         loss_scale: in float16 only.
+        compiled: whether the operations of a block are compiled; None for a run that has not chosen yet.
+        block_ops_due: they are set at the next batch.
     """
 
     activation_checkpointing: bool
     lora_plus_ratio: float | None
     loss_scale: LossScale | None = None
+    compiled: bool | None = None
+    block_ops_due = True
     _window_loss: float | None = None
 
     def begin_fit(self) -> None:
         """Forget what an earlier run left: a part of its accumulation window, and its loss scale."""
         self._window, self._window_loss = AccumulationWindow(), None
-        self.loss_scale = new_loss_scale(self.choose_dtype()[0])
+        self.loss_scale, self.block_ops_due = new_loss_scale(self.choose_dtype()[0]), True
 
     def loss(self, batch: Batch) -> Loss:
         """Summed nats and token counts of a batch."""

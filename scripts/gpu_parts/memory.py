@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lit_phi2.model.device import card_memory
+from lit_phi2.model.loss import logits_limit
 from lit_phi2.training.memory_plan import plan_fit
 from lit_phi2.training.memory_terms import PhiSizes, Workload
 from peers.task import LORA_R
@@ -40,6 +42,7 @@ def planned_bytes(phi: PhiSizes, dtype: str, device: str, rows: int, length: int
         "prompt_length": length // 2,
         "max_new_tokens": 1,
         "slots": 1,
+        "logits_limit": logits_limit(device, card_memory(torch.device(device))),
     }
     if "quantized" in {field.name for field in fields(Workload)}:
         values["quantized"] = settings.get("quantization") is not None

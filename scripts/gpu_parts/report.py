@@ -34,7 +34,21 @@ def training_table(report: Report) -> list[str]:
         values += [f"{result['peak_gib']:.1f}", planned, f"{result['speedup']:.2f}"]
         lines.append(f"| {' | '.join(values)} |")
     note = "times: the first row of that part and length is so many times as fast, median of alternating rounds."
-    return [*lines, "", note]
+    return [*lines, "", note, *block_lines(report)]
+
+
+def block_lines(report: Report) -> list[str]:
+    """A block with torch's own and with compiled operations, and the chunk of the loss, of every part that trained."""
+    lines = []
+    for part, measurements in report["parts"].items():
+        if blocks := measurements.get("blocks"):
+            compiled = f"{blocks['compiled_ms']:.2f} ms" if "compiled_ms" in blocks else cell(blocks["compile_error"])
+            lines.append(
+                f"{part}: a block over {blocks['rows']} rows of {blocks['length']:,} tokens, forward and backward: "
+                f"{blocks['torch_ms']:.2f} ms, compiled {compiled}. Loss: {blocks['vocab_chunk']:,} tokens of the "
+                f"vocabulary a chunk, {blocks['logits_mib']:,.0f} MiB."
+            )
+    return lines
 
 
 def measured(report: Report) -> Iterator[tuple[str, str, str, Report]]:

@@ -60,7 +60,10 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Settings of the module, by a name for the table: every dtype that this version and the device have."""
+    """Settings of the module, by a name for the table: every dtype that this version and the device have.
+
+    On CUDA also with compiled operations, which so short a run would not choose.
+    """
     chosen: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32"}}
     if settings.device != "mps" or has_fast_bf16(torch.device("mps"))[0]:
         chosen["bfloat16"] = {"dtype": "bfloat16"}
@@ -68,6 +71,8 @@ def variants(settings: Settings) -> dict[str, dict[str, Any]]:
         chosen["float16"] = {"dtype": "float16"}
     if has_int8():
         chosen["int8"] = {"dtype": compute_dtype(settings), "quantization": "int8"}
+    if settings.device == "cuda":
+        chosen["compiled"] = {"dtype": compute_dtype(settings), "compiled": True}
     return chosen
 
 
@@ -100,7 +105,10 @@ def fit(
 ) -> tuple[Weights, int]:
     """A run of two epochs; its weights and its number of optimizer steps."""
     base = str(settings.base_dir) if settings.tiny else "tiny"
+    module_settings = dict(module_settings)
+    compiled = module_settings.pop("compiled", None)
     module = LitPhi2(base=base, lora_r=4, lora_alpha=8, lora_dropout=0.1, max_new_tokens=4, **module_settings)
+    module.compiled = compiled
     data = ClaimsDataModule(
         train_files="claims:train[:12]", val_files="claims:validation[:2]", max_length=1024, base=base, max_new_tokens=4
     )

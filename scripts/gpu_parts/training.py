@@ -1,7 +1,7 @@
 """Training: lit_phi2, HF Trainer + PEFT and, where it is installed, LitGPT, on full rows of every length.
 
 for each length: contenders.py -> tokens/s, share of the matmul rate, peak memory beside the plan, speedup
-then one optimizer step of lit_phi2 under torch's profiler
+then one optimizer step of lit_phi2 under torch's profiler, and a block with compiled operations beside torch's own
 """
 
 import importlib.util
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
+from gpu_parts.blocks import measure_blocks
 from gpu_parts.contenders import Arena, Contender
 from gpu_parts.machine import compute_dtype
 from gpu_parts.settings import Settings
@@ -16,6 +17,7 @@ from gpu_parts.step_profile import profile_step
 from peers.registry import PEERS, Peer
 
 LOSS_TOLERANCE = 0.02  # of the loss before training: the peers round in other places
+PLAN_TOLERANCE = 0.10  # of the memory plan, beside what torch allocated
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -26,7 +28,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
             once.
     """
     dtype = compute_dtype(settings)
-    contenders = {"lit_phi2": Contender(PEERS["ours"], dtype), "hf_trainer": hf_trainer(dtype)}
+    contenders = {"lit_phi2": lit_phi2(settings, dtype), "hf_trainer": hf_trainer(dtype)}
     missing = add_litgpt(contenders, settings, dtype)
     yield {"dtype": dtype, "not_measured": missing}
     arena = Arena(settings, contenders)
@@ -46,9 +48,19 @@ def measure_lengths(arena: Arena, tolerance: float) -> Iterator[dict[str, Any]]:
             yield {"lengths": lengths, "summary": summarize(lengths)}
     length = arena.settings.lengths[0]
     name = [name for name, contender in arena.contenders.items() if contender.is_ours][-1]
-    yield {"profile": profile_step(arena, arena.contenders[name], length, lengths[str(length)][name]["rows"])}
+    contender, rows = arena.contenders[name], lengths[str(length)][name]["rows"]
+    yield {"profile": profile_step(arena, contender, length, rows)}
+    yield {"blocks": measure_blocks(arena, contender, length, rows)}
     for results in lengths.values():
         check_results(results, tolerance)
+
+
+def lit_phi2(settings: Settings, dtype: str) -> Contender:
+    """lit_phi2; on CUDA with torch's own elementwise operations or with compiled ones, whichever are faster."""
+    variants: dict[str, dict[str, Any]] = {"": {}}
+    if settings.device == "cuda":
+        variants["compiled"] = {"compiled": True}
+    return Contender(PEERS["ours"], dtype, variants)
 
 
 def hf_trainer(dtype: str) -> Contender:
@@ -76,10 +88,10 @@ def add_litgpt(contenders: dict[str, Contender], settings: Settings, dtype: str)
 
 
 def check_results(results: dict[str, Any], tolerance: float) -> None:
-    """Refuse contenders that failed or that do not compute the same.
+    """Refuse contenders that failed or that do not compute the same, and a memory plan that is wrong.
 
     Raises:
-        SystemExit: names them, or their losses before training.
+        SystemExit: names them, or their losses before training, or how far the plan is off.
     """
     if failed := {name: result["failed"] for name, result in peers_of(results).items() if "failed" in result}:
         raise SystemExit(f"failed: {failed}")
@@ -87,6 +99,9 @@ def check_results(results: dict[str, Any], tolerance: float) -> None:
     first = next(iter(losses.values()))
     if any(not abs(loss / first - 1) <= tolerance for loss in losses.values()):
         raise SystemExit(f"the losses before training differ: {losses}")
+    deviations = {name: result.get("plan_deviation", 0.0) for name, result in peers_of(results).items()}
+    if any(abs(deviation) > PLAN_TOLERANCE for deviation in deviations.values()):
+        raise SystemExit(f"the memory plan is more than {PLAN_TOLERANCE:.0%} off: {deviations}")
 
 
 def peers_of(results: dict[str, Any]) -> dict[str, Any]:

@@ -27,19 +27,19 @@ from peers.task import (
 from timers import matmul_rates
 
 
-def load(task: Task, *, reuse: LitPhi2 | None = None, **settings: Any) -> LoadedPeer:
+def load(task: Task, *, reuse: LitPhi2 | None = None, compiled: bool = False, **settings: Any) -> LoadedPeer:
     """Make module, data and Trainer.
 
     Args:
         task: what to train.
         reuse: the module of an earlier load.
+        compiled: whether the elementwise operations of blocks are, on CUDA.
         settings: further arguments of LitPhi2.
     """
-    examples = [
-        Example(f"record {index}", example.ids, example.prompt_length) for index, example in enumerate(task.examples)
-    ]
+    examples = to_examples(task)
     data = _datamodule(task, examples)
     module = _module(task, settings) if reuse is None else reuse.to(task.device)
+    module.compiled = compiled
     phi = module.phi
     assert phi is not None
     module.cpu = lambda: module  # Lightning moves it there whenever a run ends
@@ -58,6 +58,13 @@ def load(task: Task, *, reuse: LitPhi2 | None = None, **settings: Any) -> Loaded
         return matmul_utilization(module, task.ledger, clock.max_tokens, clock.max_supervised_tokens)
 
     return LoadedPeer(module, nats, lambda: _trainer(task, clock).fit(module, datamodule=data), metrics, module)
+
+
+def to_examples(task: Task) -> list[Example]:
+    """The examples of a task as lit_phi2 has them."""
+    return [
+        Example(f"record {index}", example.ids, example.prompt_length) for index, example in enumerate(task.examples)
+    ]
 
 
 def matmul_utilization(module: LitPhi2, ledger: Ledger, max_tokens: int, max_supervised_tokens: int) -> Report:

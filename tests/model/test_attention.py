@@ -8,6 +8,7 @@ from helpers import DEVICES
 from lit_phi2.model import attention
 from lit_phi2.model.attention import (
     PackedLayout,
+    RotateQkv,
     apply_rotary_emb,
     block_causal_mask,
     packed_attention,
@@ -48,6 +49,18 @@ def test_attention_equals_masked_softmax_over_all_tokens() -> None:
     expected = torch.einsum("hqk,khd->qhd", probs, qkv[:, 2])
     attn_out = packed_attention(qkv, cos, sin, LAYOUT, scaling=0.4)
     torch.testing.assert_close(attn_out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rotated_queries_and_keys_have_memory_of_their_own() -> None:
+    """Reference: rotary by slices of qkv; qkv itself can be freed before backward."""
+    qkv = torch.randn(18, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = angles(18, 2)
+    assert torch.autograd.gradcheck(lambda qkv: RotateQkv.apply(qkv, cos, sin), (qkv,))
+    rotated = RotateQkv.apply(qkv, cos, sin)
+    expected = (*apply_rotary_emb(qkv[:, :2], cos, sin).unbind(1), qkv[:, 2])
+    for actual, reference in zip(rotated, expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-14, atol=1e-15)
+        assert actual.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr()
 
 
 def test_masked_rows_equal_attention_by_example() -> None:

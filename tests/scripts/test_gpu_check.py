@@ -76,6 +76,9 @@ def check_training(training: dict[str, Any]) -> None:
         assert ours["planned_gib"] > 0
     assert "not_measured" in training
     assert training["profile"]["ms_by_kind"]["matmul"] > 0
+    assert training["blocks"]["torch_ms"] > 0
+    assert training["blocks"]["compiled_ms"] > 0
+    assert training["blocks"]["logits_mib"] == 64
 
 
 def test_a_part_over_its_limit_does_not_stop_the_rest(tmp_path: Path) -> None:
@@ -155,9 +158,16 @@ def test_the_report_is_a_table_of_what_was_measured() -> None:
     ours |= {"planned_gib": 10.458, "plan_deviation": 0.05, "speedup": 1.0}
     theirs = {"tokens_per_second": [5.0], "rows": 4, "variant": "autocast", "matmul_share": 0.1, "peak_gib": 20.0}
     lengths = {"512": {"lit_phi2": ours, "hf_trainer": theirs | {"speedup": 4.0}, "litgpt": {"failed": "no"}}}
+    blocks = {"rows": 8, "length": 512, "torch_ms": 12.0, "logits_mib": 1280.0, "vocab_chunk": 25600}
     parts = {
-        "training": {"status": "passed", "seconds": 9.6, "lengths": lengths, "summary": "a | b"},
-        "int8": {"status": "not there", "seconds": 1.0},
+        "training": {
+            "status": "passed",
+            "seconds": 9.6,
+            "lengths": lengths,
+            "summary": "a | b",
+            "blocks": blocks | {"compiled_ms": 11.0},
+        },
+        "int8": {"status": "not there", "seconds": 1.0, "blocks": blocks | {"compile_error": "no | triton"}},
     }
     report = {"date": "today", "commit": "abc", "command": "scripts/gpu_check", "seconds": 11.0, "parts": parts}
     lines = markdown(report).splitlines()
@@ -166,6 +176,10 @@ def test_the_report_is_a_table_of_what_was_measured() -> None:
     assert "| training | passed, 10 s | a / b |" in lines
     assert "| int8 | not there, 1 s |  |" in lines
     assert not any("litgpt" in line for line in lines)
+    block = "a block over 8 rows of 512 tokens, forward and backward: 12.00 ms, compiled"
+    chunk = "Loss: 25,600 tokens of the vocabulary a chunk, 1,280 MiB."
+    assert f"training: {block} 11.00 ms. {chunk}" in lines
+    assert f"int8: {block} no / triton. {chunk}" in lines
 
 
 def test_contenders_that_fail_or_differ_fail_the_part() -> None:
@@ -174,6 +188,10 @@ def test_contenders_that_fail_or_differ_fail_the_part() -> None:
     for loss in (10.3, float("nan")):
         with pytest.raises(SystemExit, match="differ"):
             check_results(equal | {"hf_trainer": {"loss_before": loss}}, tolerance=0.02)
+    for deviation in (-0.11, 0.2):
+        with pytest.raises(SystemExit, match="10% off"):
+            check_results({"lit_phi2": {"loss_before": 10.0, "plan_deviation": deviation}}, tolerance=0.02)
+    check_results({"lit_phi2": {"loss_before": 10.0, "plan_deviation": 0.09}}, tolerance=0.02)
     with pytest.raises(SystemExit, match=r"failed.*out of memory"):
         check_results(equal | {"litgpt": {"failed": "out of memory"}}, tolerance=0.02)
 

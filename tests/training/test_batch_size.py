@@ -1,9 +1,13 @@
 """data.batch_size: auto chooses rows by the memory plan, and the optimizer steps stay what they are."""
 
 import logging
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from lit_phi2.adapters.checkpoint import read_checkpoint
 from lit_phi2.cli.main import main
 from lit_phi2.errors import InputError
 from lit_phi2.training import batch_size
-from lit_phi2.training.batch_size import choose_rows
+from lit_phi2.training.batch_size import RowsChoice, choose_rows
 from lit_phi2.training.memory_plan import plan_fit
 from lit_phi2.training.memory_terms import PhiSizes, Workload
 
@@ -125,3 +129,52 @@ def test_the_command_line_takes_auto_and_keeps_the_numbers(
     assert main(["fit", *common, *few, *steps, "--data.batch_size", "auto"]) == 0
     config = yaml.safe_load((tmp_path / "tiny" / "version_0" / "config.yaml").read_text("utf-8"))
     assert (config["data"]["batch_size"], config["trainer"]["accumulate_grad_batches"]) == (1, 3)
+
+
+@pytest.mark.parametrize("rows", [(8, 2, 4), (1, 1, 1), (4, 0, 2)])
+def test_all_ranks_take_the_smallest_choice(rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks as threads that exchange their choices, as the processes of torchrun do; or all refuse."""
+    barrier, given = threading.Barrier(3, timeout=60), [RowsChoice(0, "")] * 3
+    monkeypatch.setattr(batch_size, "all_ranks_run", lambda trainer: True)
+
+    def gather(choice: RowsChoice, world_size: int) -> list[RowsChoice]:
+        given[int(choice.text.split()[-1])] = choice
+        barrier.wait()
+        return list(given)
+
+    monkeypatch.setattr(batch_size, "gather_choices", gather)
+
+    def agree(rank: int) -> int | str:
+        strategy = SimpleNamespace(setup_environment=lambda: None)
+        trainer: Any = SimpleNamespace(is_global_zero=rank == 0, world_size=3, strategy=strategy)
+        try:
+            return batch_size.agreed_rows(trainer, lambda: RowsChoice(rows[rank], f"rows of rank {rank}"))
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as ranks:
+        agreed = list(ranks.map(agree, range(3)))
+    assert agreed == [min(rows) or "data.batch_size: auto: rows of rank 1"] * 3
+
+
+def test_processes_that_start_later_take_the_choice_of_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the environment that they inherit; what they would choose themselves does not count."""
+    monkeypatch.setenv(batch_size.ROWS_VARIABLE, "0")
+    monkeypatch.setattr(batch_size, "all_ranks_run", lambda trainer: False)
+    trainers: list[Any] = [SimpleNamespace(is_global_zero=rank == 0, world_size=2) for rank in range(2)]
+    choices = [RowsChoice(4, "four"), RowsChoice(2, "two")]
+    agreed = [
+        batch_size.agreed_rows(trainer, lambda choice=choice: choice)
+        for trainer, choice in zip(trainers, choices, strict=True)
+    ]
+    assert agreed == [4, 4]
+
+
+def test_choices_are_gathered_from_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real group, of one."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        assert batch_size.gather_choices(RowsChoice(4, "four"), 1) == [RowsChoice(4, "four")]
+    finally:
+        torch.distributed.destroy_process_group()

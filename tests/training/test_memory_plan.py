@@ -10,8 +10,10 @@ from torch import Tensor
 
 from helpers import new_module
 from lit_phi2.cli.main import main
+from lit_phi2.data.collate import collate
 from lit_phi2.generation.engine import Engine
-from lit_phi2.model import linear
+from lit_phi2.model import linear, phi2
+from lit_phi2.model.attention import PackedLayout
 from lit_phi2.model.loading import load_phi2
 from lit_phi2.model.lora import trainable_parameters
 from lit_phi2.model.loss import causal_lm_loss
@@ -25,10 +27,12 @@ from lit_phi2.training.memory_terms import (
     activation_bytes,
     cache_bytes,
     copy_bytes,
+    logits_bytes,
     num_lora_parameters,
     weight_bytes,
 )
 from lit_phi2.training.module import LitPhi2
+from lit_phi2.types import Example
 
 PHI2 = PhiSizes(32, 2560, 32, 80, 10240, 51200, 2048, 32, 0.1)
 WORK = Workload(
@@ -91,7 +95,7 @@ def test_activations_are_the_tensors_that_autograd_saves(
                 module.fused_phi.lm_head,
             ).nats
         ),
-        {parameter.untyped_storage().data_ptr() for parameter in module.phi.parameters()},
+        {parameter.untyped_storage()._cdata for parameter in module.phi.parameters()},
     )
     work = replace(
         WORK, dtype=getattr(torch, dtype), device_type="cpu", lora_r=4, targets=targets, lora_dropout=lora_dropout
@@ -106,14 +110,38 @@ def test_activations_are_the_tensors_that_autograd_saves(
     assert planned == pytest.approx(saved, rel=0.03)
 
 
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+def test_a_card_saves_what_the_plan_says(base: BaseModel, lora_dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which takes the ways of a card, with the varlen kernel: each storage once, no parameter.
+
+    Its sums of exponentials, a float32 for each head and token, are not in the plan: 1 % here, less at Phi-2's width.
+    Without residual dropout, whose masks have a byte on a card, but two on the meta device.
+    """
+    monkeypatch.setattr(phi2, "packed_layout", lambda positions, segments: PackedLayout(segments, positions[0].int()))
+    module = new_module(base.folder, dropout=True, dtype="bfloat16", lora_dropout=lora_dropout).to("meta")
+    for block in module.fused_phi.model.layers:
+        block.resid_dropout.p = 0.0
+    batch = collate([Example("r", [1] * 192, 0)] * 4, [(0,), (1,), (2,), (3,)]).to("meta")
+    parameters = {parameter.untyped_storage()._cdata for parameter in module.phi.parameters()}
+    saved = _bytes_saved(lambda: module.loss(batch).nats, parameters)
+    work = replace(WORK, lora_r=4, lora_dropout=lora_dropout, rows=4, row_length=192, supervised=191)
+    assert activation_bytes(replace(sizes_of(base), dropout=0.0), work) == pytest.approx(saved, rel=0.03)
+
+
+def test_the_plan_has_the_chunk_of_the_loss() -> None:
+    """Reference: 3 chunks of 17,067 tokens, 8,192 positions, 6 bytes a logit; 12 bytes for each number of a state."""
+    work = replace(WORK, rows=16, logits_limit=2**30)
+    assert logits_bytes(PHI2, work) == 8192 * (17067 * 6 + 2560 * 12)
+
+
 def _bytes_saved(forward: Callable[[], Tensor], parameters: set[int]) -> int:
     storages: dict[int, int] = {}
     kept = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in parameters:
+            storages[storage._cdata] = storage.nbytes()
             kept.append(tensor)  # so that no later tensor has its address
         return tensor
 
@@ -170,7 +198,7 @@ def test_a_plan_fits_up_to_its_last_byte() -> None:
         ({"dtype": torch.float32, "activation_checkpointing": True}, 10 * GIB, ["model.dtype bfloat16"]),
         ({"activation_checkpointing": True, "row_length": 2048}, 5.6 * GIB, ["model.quantization int8"]),
         ({"activation_checkpointing": True, "row_length": 2048, "quantized": True}, 3.2 * GIB, ["data.max_length"]),
-        ({"rows": 8, "row_length": 2048}, 8 * GIB, ["data.batch_size 1", "model.activation_checkpointing true"]),
+        ({"rows": 8, "row_length": 2048}, 7 * GIB, ["data.batch_size 1", "model.activation_checkpointing true"]),
         ({}, 4.4 * GIB, ["model.quantization int8"]),
         ({}, 2.6 * GIB, None),
     ],
