@@ -67,7 +67,7 @@ class Measured:
     copy_bytes: int = 0
 
 
-def measure_products(head: Any, num_rows: int) -> list[Measured]:
+def measure_products(head: Any, num_rows: int, *, with_copies: bool) -> list[Measured]:
     """How fast this CPU multiplies a few rows by bfloat16 weights, in every way that there is.
 
     Few rows take as long as reading the weights, so the head is measured whole: a part of it would stay in a cache.
@@ -77,9 +77,10 @@ def measure_products(head: Any, num_rows: int) -> list[Measured]:
     products = [
         Measured("native", _best_seconds(lambda: rows @ weight.t())),
         Measured("emulated", _best_seconds(lambda: frozen_matmul(rows, weight.t()))),
-        _measure_copy("float32", head, rows.float()),
     ]
-    if cpu_bf16_instructions() is not None and torch.backends.mkldnn.is_available():
+    if with_copies:
+        products.append(_measure_copy("float32", head, rows.float()))
+    if with_copies and cpu_bf16_instructions() is not None and torch.backends.mkldnn.is_available():
         products.append(_measure_copy("packed", head, rows))
     return products
 

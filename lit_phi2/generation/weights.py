@@ -120,15 +120,15 @@ def _choose_plan(
     if any(isinstance(base_layer(layer), Int8Linear) for layer in [*layers, head]):
         reasons = ["the adapter is added in every pass, because weights are in 8 bits"] if adapted else []
         return _Plan(dtype, copies_all, merges=False, native_rows=0, reasons=reasons)
-    if head.weight.device.type == "cpu" and pays:
+    if head.weight.device.type == "cpu" and not model.is_streamed:
         numel = sum(base_layer(layer).weight.numel() for layer in [*layers, head])
         if dtype in (torch.float32, torch.float16):  # float16 is multiplied in float32 anyway (`linear.py`)
-            copies_all = _fits(4 * numel, head.weight.device)
+            copies_all = pays and _fits(4 * numel, head.weight.device)
             dtype = torch.float32 if copies_all else dtype
         else:
             products = {
                 product.name: product
-                for product in measure_products(head, num_rows)
+                for product in measure_products(head, num_rows, with_copies=pays)
                 if _fits(product.copy_bytes * numel, head.weight.device)
             }
             chosen, own = fastest(products)
