@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_phi2.errors import InputError
+from lit_phi2.model.kernels import gelu, gelu_and_slope
 from lit_phi2.model.linear import FrozenLinear, frozen_matmul
 from lit_phi2.model.phi2 import FusedPhiForCausalLM
 from lit_phi2.model.quantization import Int8Linear
@@ -77,10 +78,20 @@ def use_fused_lora(model: nn.Module) -> None:
 class FusedLoraLinear(LoraLinear):
     """PEFT's LoRA of a linear layer, with forward and backward in one autograd function."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in) -> (..., out), in the dtype of x."""
+    @property
+    def applies_gelu(self) -> bool:
+        """Whether GELU should be applied inside: in 8 bits, which are for memory; elsewhere a step is faster without."""
+        return isinstance(self.base_layer, Int8Linear)
+
+    def forward(self, x: Tensor, *args: Any, after_gelu: bool = False, **kwargs: Any) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x.
+
+        Args:
+            x: (..., in).
+            after_gelu: apply GELU to x first. Backward keeps x alone, and computes GELU again.
+        """
         if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
-            result: Tensor = super().forward(x, *args, **kwargs)
+            result: Tensor = super().forward(gelu(x) if after_gelu else x, *args, **kwargs)
             return result
         name = self.active_adapters[0]
         drop = self.lora_dropout[name]  # Identity where there is none
@@ -89,8 +100,8 @@ class FusedLoraLinear(LoraLinear):
         if dropout:  # drawn outside the autograd function, so that activation checkpointing draws the same mask again
             dropout_mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        scaling, dropout_scale = self.scaling[name], 1 / (1 - dropout)
-        output: Tensor = _FusedLoraFn.apply(flat, self.base_layer, a, b, dropout_mask, scaling, dropout_scale)
+        scales = self.scaling[name], 1 / (1 - dropout)
+        output: Tensor = _FusedLoraFn.apply(flat, self.base_layer, a, b, dropout_mask, *scales, after_gelu)
         return output.view(*x.shape[:-1], -1)
 
 
@@ -114,32 +125,36 @@ def lora_updates(layer: nn.Module) -> list[LoraUpdate]:
 
 
 class _FusedLoraFn(torch.autograd.Function):
-    """W x + bias + scaling B A dropout(x), (N, in) -> (N, out).
+    """W x + bias + scaling B A dropout(x), (N, in) -> (N, out), where x is the input or its GELU.
 
-    Saved for backward: x, A x (r wide) and the dropout mask. The gradients of A and B are float32, as A and B are.
+    Saved for backward: the input, A x (r wide) and the dropout mask. The gradients of A and B are float32, as A and B
+    are.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        input: Tensor,
         base: FrozenLinear,
         a: Tensor,
         b: Tensor,
         dropout_mask: Tensor | None,
         scaling: float,
         dropout_scale: float,
+        after_gelu: bool,
     ) -> Tensor:
+        x = gelu_and_slope(input, only_value=True)[0] if after_gelu else input
         dropped_x = x if dropout_mask is None else (x * dropout_mask).mul_(dropout_scale)
         lora_x = frozen_matmul(dropped_x, a.to(x.dtype).t())
-        ctx.save_for_backward(x, lora_x, a, b, dropout_mask)
-        ctx.base, ctx.scaling, ctx.dropout_scale = base, scaling, dropout_scale
+        ctx.save_for_backward(input, lora_x, a, b, dropout_mask)
+        ctx.base, ctx.scaling, ctx.dropout_scale, ctx.after_gelu = base, scaling, dropout_scale, after_gelu
         return base.matmul(x, lora_x=lora_x, lora_b=b.t(), scale=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_x, a, b, dropout_mask = ctx.saved_tensors
+        input, lora_x, a, b, dropout_mask = ctx.saved_tensors
+        x, slope = gelu_and_slope(input) if ctx.after_gelu else (input, None)
         grad_lora_x = frozen_matmul(grad, b.to(grad.dtype)).mul_(ctx.scaling)
         dropped_x = x if dropout_mask is None else (x * dropout_mask).mul_(ctx.dropout_scale)
         grad_a = frozen_matmul(grad_lora_x.t(), dropped_x).to(a.dtype) if ctx.needs_input_grad[2] else None
@@ -151,7 +166,9 @@ class _FusedLoraFn(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             lora_grad_x = frozen_matmul(grad_lora_x, a.to(grad.dtype)).mul_(ctx.dropout_scale).mul_(dropout_mask)
             grad_x = ctx.base.matmul_t(grad).add_(lora_grad_x)
-        return grad_x, None, grad_a, grad_b, None, None, None
+        if grad_x is not None and slope is not None:
+            grad_x.mul_(slope)
+        return grad_x, None, grad_a, grad_b, None, None, None, None
 
 
 def check_targets(targets: Sequence[str], available: Mapping[str, int], num_layers: int) -> None:

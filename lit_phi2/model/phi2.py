@@ -27,7 +27,7 @@ from transformers.models.phi.modeling_phi import PhiAttention, PhiDecoderLayer, 
 from lit_phi2.errors import InputError
 from lit_phi2.model.attention import apply_rotary_emb, packed_attention, packed_layout
 from lit_phi2.model.fusion import EAGER, BlockOps
-from lit_phi2.model.kernels import gelu
+from lit_phi2.model.kernels import gelu, has_gelu_slope
 from lit_phi2.model.linear import FrozenLinear
 from lit_phi2.types import Segment
 
@@ -132,9 +132,19 @@ def block_forward(block: Any, hidden: Tensor, attention: Callable[[Tensor], Tens
     normed = block.input_layernorm(hidden)
     qkv = attn.Wqkv(normed).unflatten(-1, (3, -1, attn.head_dim))
     attn_output = attn.dense(attention(qkv).flatten(-2))
-    mlp_output = mlp.fc2(mlp.activation_fn(mlp.fc1(normed)))
+    mlp_output = mlp_forward(mlp, normed)
     dropout = block.resid_dropout.p if block.training else 0.0
     return ops.add_residual(hidden, attn_output, mlp_output, dropout=dropout)
+
+
+def mlp_forward(mlp: Any, normed: Tensor) -> Tensor:
+    """fc2(gelu(fc1 normed)); with `applies_gelu` backward keeps GELU's input alone, and computes GELU again."""
+    inner = mlp.fc1(normed)
+    if getattr(mlp.fc2, "applies_gelu", False) and isinstance(mlp.activation_fn, Gelu) and has_gelu_slope(inner):
+        output: Tensor = mlp.fc2(inner, after_gelu=True)
+        return output
+    output = mlp.fc2(mlp.activation_fn(inner))
+    return output
 
 
 def cached_attention(
