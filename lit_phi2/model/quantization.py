@@ -96,7 +96,7 @@ class Int8Linear(FrozenLinear):
         """See FrozenLinear."""
         weight, weight_scale = self.weight[features], self.weight_scale[features]
         if has_fast_int8(grad.device):
-            out = int8_product(grad * weight_scale, weight, num_terms=self.grad_terms)
+            out = int8_product(grad, weight, column_scale=weight_scale, num_terms=self.grad_terms)
         else:
             out = _product_of_blocks_t(grad, weight, weight_scale)
         if self.outlier_columns is not None and self.outlier_weight is not None:
@@ -168,11 +168,20 @@ def quantize_into(weight: Tensor, values: Tensor, scale: Tensor) -> None:
         values[block], scale[block] = quantized, row_scale[:, 0]
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) -> int8 (N, K) and float32 scales (N, 1), each of them the largest of its row / 127."""
-    magnitudes = torch.abs(x, out=_scratch(x, x.dtype, x.shape))
+def quantize_rows(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(N, K), times (K,) if given -> int8 (N, K) and float32 scales (N, 1), each the largest of its row / 127."""
+    quotients = _scratch("quotients", x, torch.float32, x.shape)
+    magnitudes = x
+    if column_scale is not None:
+        x = magnitudes = torch.mul(_float32(x, quotients), column_scale, out=quotients)
+    magnitudes = torch.abs(magnitudes, out=_scratch("sums", magnitudes, magnitudes.dtype, x.shape))
     scale = magnitudes.amax(1, keepdim=True).float().div_(MAX_INT8).clamp_min_(TINY)
-    return torch.div(x, scale, out=_scratch(x, torch.float32, x.shape)).round_().to(torch.int8), scale
+    return torch.div(_float32(x, quotients), scale, out=quotients).round_().to(torch.int8), scale
+
+
+def _float32(x: Tensor, memory: Tensor) -> Tensor:
+    """x, or a copy in the memory given. torch itself would take new memory to divide another dtype in float32."""
+    return x if x.dtype == torch.float32 else memory.copy_(x)
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,20 +189,27 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (values.float() * scale[:, None]).to(dtype)
 
 
-def int8_product(x: Tensor, matrix: Tensor, num_terms: int = 1) -> Tensor:
+def int8_product(x: Tensor, matrix: Tensor, *, column_scale: Tensor | None = None, num_terms: int = 1) -> Tensor:
     """x (N, K), rounded to int8 row by row, times an int8 matrix (K, M) -> (N, M), float32.
 
+    The result of an x in another dtype is in memory that the next product uses again.
+
     Args:
+        x, matrix: see above.
+        column_scale: (K,), what x is multiplied by first.
         num_terms: 2 adds the product of what rounding left, rounded in its turn.
     """
-    out = x.new_empty(len(x), matrix.shape[1], dtype=torch.float32)
+    shape = len(x), matrix.shape[1]
+    is_float32 = x.dtype == torch.float32
+    out = x.new_empty(shape) if is_float32 else _scratch("result", x, torch.float32, shape)
     for start in range(0, len(x), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
-        values, scale = quantize_rows(x[rows])
+        values, scale = quantize_rows(x[rows], column_scale)
         out[rows] = _int_matmul(values, matrix)
         out[rows].mul_(scale)
         if num_terms == 2:
-            rest, rest_scale = quantize_rows(x[rows] - values * scale)
+            scaled = x[rows] if column_scale is None else x[rows] * column_scale
+            rest, rest_scale = quantize_rows(scaled - values * scale)
             out[rows].add_(_int_matmul(rest, matrix).float().mul_(rest_scale))
     return out
 
@@ -203,26 +219,26 @@ def _int_matmul(values: Tensor, matrix: Tensor) -> Tensor:
     missing = CUDA_MIN_ROWS - len(values)
     if values.device.type == "cuda" and missing > 0:
         return torch._int_mm(nn.functional.pad(values, (0, 0, 0, missing)), matrix)[: len(values)]
-    sums = _scratch(values, torch.int32, (len(values), matrix.shape[1]))
+    sums = _scratch("sums", values, torch.int32, (len(values), matrix.shape[1]))
     return torch._int_mm(values, matrix, out=sums)  # a private name; torch's own quantization calls it
 
 
 _kept = threading.local()
 
 
-def _scratch(like: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Memory for a moment, uninitialized. On a CPU it is that of the last call with this dtype.
+def _scratch(use: str, like: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Memory for a moment, uninitialized. On a CPU it is that of the last call with this use.
 
     What a step keeps would lie between allocations of each product, and the heap would grow by gigabytes.
     """
-    numel = math.prod(shape)
     if like.device.type != "cpu":
         return like.new_empty(shape, dtype=dtype)
-    kept: Any = _kept.__dict__  # by dtype
-    if dtype not in kept or kept[dtype].numel() < numel:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    kept: Any = _kept.__dict__  # by use
+    if use not in kept or len(kept[use]) < num_bytes:
         with torch.inference_mode(False):  # training writes to it, too
-            kept[dtype] = torch.empty(numel, dtype=dtype)
-    return kept[dtype][:numel].view(shape)
+            kept[use] = torch.empty(num_bytes, dtype=torch.uint8)
+    return kept[use][:num_bytes].view(dtype).view(shape)
 
 
 def as_two_rows(x: Tensor) -> Tensor:
