@@ -80,7 +80,7 @@ class FusedLoraLinear(LoraLinear):
 
     @property
     def applies_gelu(self) -> bool:
-        """Whether GELU should be applied inside: in 8 bits, which are for memory; elsewhere a step is faster without."""
+        """Whether GELU should be applied inside: in 8 bits, which are for memory; without, a step is faster."""
         return isinstance(self.base_layer, Int8Linear)
 
     def forward(self, x: Tensor, *args: Any, after_gelu: bool = False, **kwargs: Any) -> Tensor:

@@ -26,10 +26,13 @@ from transformers.models.phi.modeling_phi import PhiAttention, PhiDecoderLayer, 
 
 from lit_phi2.errors import InputError
 from lit_phi2.model.attention import apply_rotary_emb, packed_attention, packed_layout
+from lit_phi2.model.device import trim_malloc
 from lit_phi2.model.fusion import EAGER, BlockOps
 from lit_phi2.model.kernels import gelu, has_gelu_slope
 from lit_phi2.model.linear import FrozenLinear
 from lit_phi2.types import Segment
+
+TRIM_BLOCKS = 8  # between two returns of holes; Phi-2 in 8 bits takes 4.6 GB instead of 5.0, a step 4 % longer
 
 
 class FusedPhiForCausalLM(PhiForCausalLM):
@@ -40,6 +43,7 @@ class FusedPhiForCausalLM(PhiForCausalLM):
     """
 
     block_ops = EAGER  # of forward passes with gradients
+    trims_heap = False  # a forward with gradients, and its backward, return the holes of the heap: less memory
     is_streamed = False  # each forward of a block reads its weights, which every other block then loses
 
     def __init__(self, config: PhiConfig) -> None:
@@ -108,7 +112,9 @@ def packed_forward(
     half = cos.shape[-1] // 2  # transformers repeats each angle
     cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
     attend = partial(packed_attention, cos=cos, sin=sin, layout=layout, rotate_qkv=ops.rotate_qkv)
-    for block in phi.layers[:num_blocks]:
+    for number, block in enumerate(phi.layers[:num_blocks]):
+        if model.trims_heap and number % TRIM_BLOCKS == 0 and torch.is_grad_enabled():
+            _trim_here(hidden)
         attn = block.self_attn
         dropout = attn.attention_dropout if block.training else 0.0
         attention = partial(attend, scaling=attn.scaling, dropout=dropout)
@@ -117,6 +123,13 @@ def packed_forward(
         else:
             hidden = block_forward(block, hidden, attention, ops)
     return phi.final_layernorm(hidden).view(*input_ids.shape, -1)
+
+
+def _trim_here(hidden: Tensor) -> None:
+    """Return the holes of the heap to the system, now and when backward arrives here."""
+    trim_malloc()
+    if hidden.requires_grad:
+        hidden.register_hook(lambda grad: trim_malloc())
 
 
 def block_forward(block: Any, hidden: Tensor, attention: Callable[[Tensor], Tensor], ops: BlockOps = EAGER) -> Tensor:

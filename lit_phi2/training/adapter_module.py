@@ -123,6 +123,7 @@ class AdapterModule(LightningModule):
         torch.manual_seed(self.seed)  # A is initialized at random; earlier draws must not change it
         calibrate = self._calibrate if self.quantization is not None else None
         self.phi = load_base(checked, self.lora_settings, dtype, dropout=self.lora_dropout, calibrate=calibrate)
+        self.fused_phi.trims_heap = self.quantization is not None and device.type == "cpu"
         self.eos_token_id = int(load_tokenizer(checked.model).eos_token_id)
 
     def _calibrate(self, phi: FusedPhiForCausalLM) -> None:

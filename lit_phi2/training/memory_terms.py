@@ -165,12 +165,14 @@ def activation_bytes(phi: PhiSizes, work: Workload) -> int:
         3 A         CPU: rotated q, k and v. Elsewhere 4 A, with the output; 8 A in float16 on MPS, where they are
                     float32
         A           input of dense, only if it is a target
-        2 F         slope of GELU, input of fc2; 3 F in float16 on MPS, where GELU's input is float32
+        F           slope of GELU; 2 F in float16 on MPS, where GELU's input is float32
+        F           input of fc2, only if it is a target; in 8 bits on a CPU GELU's input instead of both
         r           A x, of each target
 
-    and in bytes: 2 D for the masks of the residual dropout, the input's width for each mask of LoRA's dropout, 8 for
-    mean and deviation of the norm. With checkpointing the input of each block alone is saved, and one block as above
-    while it is computed again. The loss saves the gradient of the S hidden states; in float32 if the dtype is float16.
+    and in bytes: 2 D for the masks of the residual dropout, which a CPU draws again, the input's width for each mask of
+    LoRA's dropout, 8 for mean and deviation of the norm. With checkpointing the input of each block alone is saved, and
+    one block as above while it is computed again. The loss saves the gradient of the S hidden states; in float32 if the
+    dtype is float16.
     """
     e, n = work.dtype.itemsize, work.num_tokens
     block = n * _saved_per_token(phi, work)
@@ -189,9 +191,9 @@ def _saved_per_token(phi: PhiSizes, work: Workload) -> int:
     elements = phi.width + num_attn * phi.attn_width + (1 + converts) * phi.mlp_width
     elements += phi.width * ("Wqkv" in targets or "fc1" in targets)
     elements += phi.attn_width * ("dense" in targets and work.device_type == "cpu")  # elsewhere attention saved it
-    elements += phi.mlp_width * ("fc2" in targets)
+    elements += phi.mlp_width * ("fc2" in targets and not (work.quantized and work.device_type == "cpu"))
     elements += work.lora_r * len(targets)
-    masks = 2 * phi.width * (phi.dropout > 0)
+    masks = 2 * phi.width * (phi.dropout > 0 and work.device_type != "cpu")
     masks += sum(phi.linear_layers[name][0] for name in targets) * (work.lora_dropout > 0)
     return elements * e + masks + 2 * FLOAT32_BYTES
 

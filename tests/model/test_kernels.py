@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the name that torch's own documentation uses
 
 from lit_phi2.model import kernels
-from lit_phi2.model.kernels import dropout_add_residual, gelu, sample_dropout_mask
+from lit_phi2.model.kernels import dropout_add_residual, dropout_mask, dropout_seed, gelu
 
 
 def test_gelu_passes_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_residual_sum_scales_what_dropout_keeps() -> None:
     """Reference: the formula, with the two masks drawn by hand from the same seed; a quarter is exact in 1/65,536."""
     hidden, attn_output, mlp_output = (torch.randn(5, 6, dtype=torch.float64) for _ in range(3))
     torch.manual_seed(5)
-    attn_mask, mlp_mask = (sample_dropout_mask(hidden, 2**14).double() for _ in range(2))
+    attn_mask, mlp_mask = (dropout_mask(hidden, 2**14, dropout_seed()).double() for _ in range(2))
     assert 0 < attn_mask.sum() < 30
     expected = hidden + attn_output * attn_mask / 0.75 + mlp_output * mlp_mask / 0.75
     torch.manual_seed(5)
@@ -68,7 +68,7 @@ def test_dropout_masks_are_independent_and_seeded() -> None:
     """
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    first, second = (sample_dropout_mask(torch.empty(1000, 400), 6554).bool() for _ in range(2))
+    first, second = (dropout_mask(torch.empty(1000, 400), 6554, dropout_seed()).bool() for _ in range(2))
     p, spread = 6554 / 2**16, (0.1 * 0.9 / 100_000) ** 0.5
     for offset in range(4):
         assert abs((~first).flatten()[offset::4].float().mean() - p) < 5 * spread
@@ -77,8 +77,8 @@ def test_dropout_masks_are_independent_and_seeded() -> None:
         for joint in (in_both, neighbours):
             assert abs(joint.float().mean() - p * p) < 5 * (p * p / 100_000) ** 0.5
     torch.set_rng_state(state)
-    assert torch.equal(sample_dropout_mask(torch.empty(1000, 400), 6554).bool(), first)
+    assert torch.equal(dropout_mask(torch.empty(1000, 400), 6554, dropout_seed()).bool(), first)
 
 
 def test_a_dropout_mask_may_have_any_number_of_elements() -> None:
-    assert sample_dropout_mask(torch.empty(3, 3), 0).all()  # four do not divide nine
+    assert dropout_mask(torch.empty(3, 3), 0, seed=1).all()  # four do not divide nine

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lit_phi2.model import linear
+from lit_phi2.model.kernels import gelu
 from lit_phi2.model.linear import FrozenLinear
 from lit_phi2.model.lora import FusedLoraLinear, use_fused_lora
 
@@ -69,6 +70,23 @@ def test_lora_equals_pefts_own_layer() -> None:
         ]
         for gradient, expected_gradient in zip(*gradients, strict=True):
             torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gelu_inside_the_layer_is_gelu_before_it(dropout: float) -> None:
+    """Outputs and gradients, bit for bit; backward keeps x instead of gelu(x)."""
+    layer = lora_layer(bias=True, dropout=dropout, dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 7, dtype=torch.bfloat16, requires_grad=True)
+    weights = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    outputs, gradients = [], []
+    for run in (lambda: layer(gelu(x)), lambda: layer(x, after_gelu=True)):
+        torch.manual_seed(5)  # the same mask each time
+        outputs.append(run())
+        gradients.append(torch.autograd.grad(outputs[-1].float().square().sum(), weights))
+    assert torch.equal(*outputs)
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x, after_gelu=True), layer.base_layer(gelu(x)))
 
 
 def test_lora_dropout_is_seeded_and_drops_its_fraction() -> None:

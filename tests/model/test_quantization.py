@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from helpers import new_module, relative_difference
 from lit_phi2.errors import InputError
-from lit_phi2.model import quantization
+from lit_phi2.model import phi2, quantization
 from lit_phi2.model.linear import FrozenLinear
 from lit_phi2.model.loading import load_phi2
+from lit_phi2.model.lora import FusedLoraLinear
 from lit_phi2.model.loss import causal_lm_loss
 from lit_phi2.model.phi2 import packed_forward
 from lit_phi2.model.quantization import (
@@ -207,6 +208,43 @@ def test_recomputed_activations_give_the_same_gradients(phi_dir: Path) -> None:
         gradients.append([p.grad for p in module.parameters() if p.grad is not None])
     assert gradients[0]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gelu_that_is_computed_again_gives_the_same_gradients(phi_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: GELU before fc2, whose slope and value are kept. Saved tensors of its width are counted."""
+    ids, positions = torch.randint(1, 500, (1, 60)), torch.arange(60)[None]
+    gradients, counts = [], []
+    for applies_gelu in (False, True):
+        monkeypatch.setattr(FusedLoraLinear, "applies_gelu", applies_gelu)
+        module = new_module(phi_dir, quantization="int8")
+        width = module.fused_phi.config.intermediate_size
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):  # type: ignore[misc]
+            hidden = packed_forward(module.fused_phi, ids, positions)
+        counts.append(sum(x.shape[-1] == width and x.numel() == 60 * width for x in saved))
+        causal_lm_loss(hidden, ids, module.fused_phi.lm_head).nats.backward()
+        gradients.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert gradients[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    num_layers = module.fused_phi.config.num_hidden_layers
+    assert counts == [2 * num_layers, num_layers]
+
+
+def test_the_heap_is_trimmed_in_forward_and_backward(phi_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each of two blocks, and in backward after the second: into the first no gradient flows."""
+    ids, positions = torch.randint(1, 500, (1, 60)), torch.arange(60)[None]
+    trims: list[int] = []
+    monkeypatch.setattr(phi2, "TRIM_BLOCKS", 1)
+    monkeypatch.setattr(phi2, "trim_malloc", lambda: trims.append(len(trims)))
+    for quantization_name, counts in (("int8", [2, 3]), (None, [0, 0])):
+        trims.clear()
+        phi = new_module(phi_dir, quantization=quantization_name).fused_phi
+        with torch.no_grad():
+            packed_forward(phi, ids, positions)
+        hidden = packed_forward(phi, ids, positions)
+        in_forward = len(trims)
+        hidden.sum().backward()
+        assert [in_forward, len(trims)] == counts
 
 
 def test_an_unknown_quantization_is_refused(phi_dir: Path) -> None:

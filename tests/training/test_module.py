@@ -25,20 +25,19 @@ def test_training_draws_from_every_dropout_validation_from_none(
     names = {layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Dropout) and layer.p > 0}
 
     def watch(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        x = inputs[0]
-        expected = layer.base_layer(x) + 2 * layer.lora_B["default"](layer.lora_A["default"](x))
+        expected = layer.base_layer(inputs[0]) + 2 * layer.lora_B["default"](layer.lora_A["default"](inputs[0]))
         if not torch.allclose(output, expected, atol=1e-5):
             drawn["train" if module.trainer.training else "eval"].add(names[layer.lora_dropout["default"]])
 
     block_masks: list[tuple[bool, float]] = []  # in training or not, and the fraction of elements kept
-    sample_dropout_mask = kernels.sample_dropout_mask
+    dropout_mask = kernels.dropout_mask
 
-    def record_mask(like: torch.Tensor, drop_per_65536: int) -> torch.Tensor:
-        mask = sample_dropout_mask(like, drop_per_65536)
+    def record_mask(like: torch.Tensor, drop_per_65536: int, seed: int) -> torch.Tensor:
+        mask = dropout_mask(like, drop_per_65536, seed)
         block_masks.append((module.trainer.training, mask.float().mean().item()))
         return mask
 
-    monkeypatch.setattr(kernels, "sample_dropout_mask", record_mask)
+    monkeypatch.setattr(kernels, "dropout_mask", record_mask)
     for layer in module.modules():
         if isinstance(layer, FusedLoraLinear):
             layer.register_forward_hook(watch)
@@ -47,7 +46,7 @@ def test_training_draws_from_every_dropout_validation_from_none(
     # Each of two blocks has its resid_dropout, and LoRA's on Wqkv, fc1 and fc2.
     assert len(names) == 2 * (1 + 3)
     assert drawn["train"] == {name for name in names.values() if "lora_dropout" in name}
-    assert len(block_masks) == 2 * 2  # attention and MLP of two blocks
+    assert len(block_masks) == 2 * 2 * 2  # attention and MLP of two blocks, in forward and in backward
     assert all(training and abs(kept - 0.9) < 0.02 for training, kept in block_masks)
     assert not drawn["eval"]
 
