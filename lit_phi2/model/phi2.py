@@ -32,7 +32,7 @@ from lit_phi2.model.kernels import gelu, has_gelu_slope
 from lit_phi2.model.linear import FrozenLinear
 from lit_phi2.types import Segment
 
-TRIM_BLOCKS = 8  # between two returns of holes; Phi-2 in 8 bits takes 4.6 GB instead of 5.0, a step 4 % longer
+TRIM_BLOCKS = 8  # between two returns of holes: Phi-2 in 8 bits takes 4.7 GB instead of 5.0 over a row of 512 tokens
 
 
 class FusedPhiForCausalLM(PhiForCausalLM):
@@ -113,7 +113,8 @@ def packed_forward(
     cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
     attend = partial(packed_attention, cos=cos, sin=sin, layout=layout, rotate_qkv=ops.rotate_qkv)
     for number, block in enumerate(phi.layers[:num_blocks]):
-        if model.trims_heap and number % TRIM_BLOCKS == 0 and torch.is_grad_enabled():
+        # Not before the first: what a step leaves is what the next one takes again.
+        if model.trims_heap and number and number % TRIM_BLOCKS == 0 and torch.is_grad_enabled():
             _trim_here(hidden)
         attn = block.self_attn
         dropout = attn.attention_dropout if block.training else 0.0
