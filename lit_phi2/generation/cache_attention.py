@@ -29,14 +29,14 @@ class Segment:
         slot: index.
         start, end: position of the first new token, and the one after the last.
         prefix_slot: holds the same tokens before start, and is copied from first; None where the slot has them.
-        of_prompt: they are of a prompt, not of its completion.
+        is_prompt: they belong to a prompt, not to its completion.
     """
 
     slot: int
     start: int
     end: int
     prefix_slot: int | None = None
-    of_prompt: bool = False
+    is_prompt: bool = False
 
 
 class CacheAttention:
@@ -133,9 +133,9 @@ class Group:
         self.segments = segments
         counts = [segment.end - segment.start for segment in segments]
         self.num_tokens, self.length = sum(counts), max(segment.end for segment in segments)
-        self.is_batched = not segments[0].of_prompt and shape.dtype == torch.float32 and device.type == "cpu"
+        self.is_batched = not segments[0].is_prompt and shape.dtype == torch.float32 and device.type == "cpu"
         self.rows = self.places = self.mask = None
-        if segments[0].of_prompt and segments[0].start == 0:
+        if segments[0].is_prompt and segments[0].start == 0:
             return
         self.length = round_up(self.length, MASK_STEP)
         num_queries = max(*counts, MIN_QUERIES if self.is_batched else 1)
@@ -162,10 +162,10 @@ def group_segments(segments: Sequence[Segment], shape: CacheShape) -> list[list[
     groups: list[list[Segment]] = []
     run: list[Segment] = []  # of neighbours
     for segment in segments:
-        if run and (segment.of_prompt or run[-1].slot + 1 != segment.slot):
+        if run and (segment.is_prompt or run[-1].slot + 1 != segment.slot):
             groups += _cut(run, shape)
             run = []
-        if segment.of_prompt:
+        if segment.is_prompt:
             groups.append([segment])
         else:
             run.append(segment)

@@ -165,7 +165,7 @@ class Engine:
         ids: list[int] = []
         segments, last_tokens = [], []
         for (start, source), (slot, sequence) in zip(self._slots.fill(slots, sequences), admitted, strict=True):
-            segments.append(Segment(slot, start, len(sequence.ids), source, of_prompt=True))
+            segments.append(Segment(slot, start, len(sequence.ids), source, is_prompt=True))
             ids += sequence.ids[start:]
             last_tokens.append(len(ids) - 1)
         chosen = self.decoder.forward(self._cache, ids, segments, last_tokens)
